@@ -1,0 +1,1 @@
+"""The protocol: steps, phases, methods, stacks, errors and the registry of methods."""

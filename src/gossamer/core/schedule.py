@@ -1,0 +1,146 @@
+"""What a run does, as data: steps, turns, phases and the plan they form."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.core.errors import PlanError
+
+__all__ = ["Batch", "Loader", "Objective", "Phase", "Plan", "Step", "Terms", "Turn"]
+
+Batch = dict[str, Any]
+"""What a loader yields: ``image`` [B, C, H, W], ``target`` [B] or [B, K], ``id`` (list of names)."""
+Terms = dict[str, Tensor]
+"""Weighted scalar loss terms by name; the loop minimises their sum."""
+Loader = Callable[["Step"], Batch]
+"""A stateless source: the batch of a step is a function of the step alone."""
+Objective = Callable[[nn.Module, Batch, "Step"], Terms]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One position in a run; the only source of randomness inside it.
+
+    Attributes:
+        phase: Name of the phase.
+        turn: Name of the turn inside the step.
+        index: 0-based step within the phase.
+        total: Number of steps of the phase.
+        seed: Seed of the run.
+        rank: Rank of this process, 0 when alone.
+    """
+
+    phase: str
+    turn: str
+    index: int
+    total: int
+    seed: int = 0
+    rank: int = 0
+
+    def key(self, name: str, *, per_rank: bool = False) -> int:
+        """Return a 56-bit integer that depends on seed, phase, index, ``name`` (and rank if asked)."""
+        text = f"{self.seed}/{self.phase}/{self.index}/{name}/{self.rank if per_rank else '-'}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+
+    def generator(self, name: str, *, per_rank: bool = False) -> torch.Generator:
+        """Return a fresh CPU generator, equal on all ranks unless ``per_rank``.
+
+        Two calls with the same name in one step give the same stream, so a two-pass step sees
+        the same draw twice, and a resumed run needs no saved generator state.
+        """
+        return torch.Generator().manual_seed(self.key(name, per_rank=per_rank))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One optimiser move inside a step.
+
+    Attributes:
+        name: Name, unique in the phase.
+        trains: Names of the parameter groups that receive gradients and are stepped.
+        objective: Own objective; ``None`` means task loss plus every method's ``loss``.
+        loader: Name of the loader that feeds it.
+        every: Take the turn at steps divisible by this.
+    """
+
+    name: str = "main"
+    trains: tuple[str, ...] = ("weights",)
+    objective: Objective | None = None
+    loader: str = "train"
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of steps in which shapes, trainable groups and optimisers are constant.
+
+    Attributes:
+        name: ``"fit"`` for the recipe's own training, else ``"<method>.<what>"``.
+        steps: Number of steps (for ``work``: the number of units).
+        turns: The turns of each step.
+        until: ``until(model)`` true ends the phase early; tested before a step.
+        work: ``work(model, loaders, step)`` replaces the turns: one call is one checkpointable
+            unit (a calibrated block, a federated round).
+        lr: Base learning rate by group, where the phase wants other than the recipe's.
+        schedule: ``"cosine"`` or ``"constant"``.
+        warmup: Warm-up share of the steps, in [0, 1].
+        min_lr_ratio: Final over base learning rate of the cosine.
+    """
+
+    name: str
+    steps: int
+    turns: tuple[Turn, ...] = (Turn(),)
+    until: Callable[[nn.Module], bool] | None = None
+    work: Callable[[nn.Module, Mapping[str, Loader], Step], dict[str, float] | None] | None = None
+    lr: Mapping[str, float] | None = None
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    min_lr_ratio: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise PlanError(f"phase {self.name!r}: steps={self.steps}; expected 0 or more")
+
+
+class Plan(tuple[Phase, ...]):
+    """Immutable list of phases; methods edit it only through these verbs.
+
+    ``name`` matches a phase called exactly so or whose part before the first dot is ``name``.
+    """
+
+    __slots__ = ()
+
+    def _at(self, name: str) -> list[int]:
+        hits = [i for i, p in enumerate(self) if p.name == name or p.name.split(".")[0] == name]
+        if not hits:
+            raise PlanError(f"no phase {name!r} in the plan; phases are {[p.name for p in self]}")
+        return hits
+
+    def before(self, name: str, *new: Phase) -> Plan:
+        """Insert ``new`` before the first phase that matches ``name``."""
+        k = self._at(name)[0]
+        return Plan((*self[:k], *new, *self[k:]))
+
+    def after(self, name: str, *new: Phase) -> Plan:
+        """Insert ``new`` after the last phase that matches ``name``."""
+        k = self._at(name)[-1] + 1
+        return Plan((*self[:k], *new, *self[k:]))
+
+    def join(self, group: str, where: str) -> Plan:
+        """Let every turn that trains ``where`` train ``group`` too."""
+
+        def turn(t: Turn) -> Turn:
+            return replace(t, trains=(*t.trains, group)) if where in t.trains else t
+
+        return Plan(replace(p, turns=tuple(turn(t) for t in p.turns)) for p in self)
+
+    def swap(self, name: str, make: Callable[[Phase], list[Phase]]) -> Plan:
+        """Replace every phase that matches ``name`` by the phases ``make`` returns for it."""
+        hits = set(self._at(name))
+        return Plan(q for i, p in enumerate(self) for q in (make(p) if i in hits else [p]))

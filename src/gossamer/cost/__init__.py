@@ -1,0 +1,1 @@
+"""The cost ledger and the latency meter."""

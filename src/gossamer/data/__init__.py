@@ -1,0 +1,1 @@
+"""Image sources, transforms, loaders and the embedded set."""

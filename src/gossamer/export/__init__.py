@@ -1,0 +1,1 @@
+"""Finished models to ONNX and OpenVINO IR, with proof."""

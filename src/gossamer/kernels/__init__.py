@@ -1,0 +1,1 @@
+"""Native and Triton code behind ops, each with a plain-torch reference."""

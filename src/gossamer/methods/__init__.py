@@ -1,0 +1,1 @@
+"""The rooms, one a method; read through core.registry."""

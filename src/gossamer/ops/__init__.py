@@ -1,0 +1,1 @@
+"""Pure functions, autograd functions and layers; torch only."""

@@ -1,0 +1,1 @@
+"""Run and time a graph: OpenVINO, ONNX Runtime, torch."""
