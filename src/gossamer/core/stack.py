@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import PlanError
 from gossamer.core.method import STAGES, Edit, Grads, Method
-from gossamer.core.schedule import Batch, Loader, Phase, Plan, Step, Terms, Turn
+from gossamer.core.schedule import Batch, Loader, Objective, Phase, Plan, Step, Terms, Turn
 
 __all__ = ["EXCLUSIVE", "LASTING", "Stack", "TaskLoss"]
 
@@ -164,16 +164,20 @@ class Stack:
         inner: nn.Module | None = None,
         backward: Callable[[Tensor], None] = lambda loss: loss.backward(),
         micro: Callable[[Batch], list[Batch]] = lambda batch: [batch],
+        objective: Objective | None = None,
     ) -> Grads:
-        """Return the function that fills ``.grad`` for a turn, wrapped by the methods it concerns."""
+        """Return the function that fills ``.grad`` for a turn, wrapped by the methods it concerns.
+
+        ``objective`` stands in for ``self.objective(...)`` where a loop runs it in its own way.
+        """
         turn = turn or Turn()
-        objective = self.objective(task_loss, turn, inner)
+        terms_of = objective or self.objective(task_loss, turn, inner)
 
         def grads(model: nn.Module, batch: Batch, step: Step, params: list[nn.Parameter]) -> dict[str, Tensor]:
             parts = micro(batch)
             logs: dict[str, Tensor] = {}
             for part in parts:
-                terms = objective(model, part, step)
+                terms = terms_of(model, part, step)
                 total = torch.stack([t.float() for t in terms.values()]).sum()
                 backward(total / len(parts))
                 for k, v in terms.items():
@@ -182,7 +186,7 @@ class Stack:
 
         @torch.no_grad()
         def evaluate(model: nn.Module, batch: Batch, step: Step) -> Terms:
-            return objective(model, batch, step)
+            return terms_of(model, batch, step)
 
         wrapped: Grads = grads
         for m in reversed(self.wrappers(turn)):

@@ -1,1 +1,7 @@
-"""Self-contained HTML reports."""
+"""Self-contained HTML reports: one run, or several side by side."""
+
+from __future__ import annotations
+
+from gossamer.report.page import build_report
+
+__all__ = ["build_report"]

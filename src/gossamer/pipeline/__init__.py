@@ -1,0 +1,1 @@
+"""From a recipe to a finished, exported, measured model: engine, export and report put together."""

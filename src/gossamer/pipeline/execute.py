@@ -1,0 +1,175 @@
+"""Run a recipe from beginning to end: train, finish, save, export, measure, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gossamer.core.errors import RunError
+from gossamer.core.method import Method
+from gossamer.cost.ledger import cost
+from gossamer.data.sources import ImageSource
+from gossamer.engine.checkpoint import write_json
+from gossamer.engine.distributed import is_main, rank, world_size
+from gossamer.engine.loop import Loop
+from gossamer.models.store import load, save
+from gossamer.pipeline.measure import Measured, measure
+from gossamer.pipeline.setup import Setup, check_target, set_up
+from gossamer.pipeline.stages import StageFolder
+from gossamer.pipeline.summary import write_summary
+from gossamer.recipe import Recipe
+from gossamer.report.build import build_report
+from gossamer.runtimes.device import device_report
+
+__all__ = ["RunResult", "execute"]
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class RunResult:
+    """What a run leaves behind.
+
+    Attributes:
+        model: The finished model.
+        table: One dictionary a row: stage, runtime, precision, cost, accuracy, latency.
+        run_dir: The run folder (design: recipe, metrics, edits, model, artefacts, cost, report).
+        report: The HTML report.
+        missed: One sentence for every bound of the target that was not met.
+    """
+
+    model: nn.Module
+    table: list[dict[str, Any]]
+    run_dir: Path
+    report: Path | None = None
+    missed: list[str] = field(default_factory=list)
+
+    def export(self, format: str = "openvino", batch: int | str = 1) -> Path:
+        """Export the finished model again; returns the artefact's graph file."""
+        from gossamer.export.exporting import export
+
+        return export(self.model, self.run_dir / "artefacts" / f"{format}-b{batch}", format=format, batch=batch).graph
+
+
+def _write_inputs(setup: Setup, run_dir: Path) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "recipe.yaml").write_text(setup.recipe.to_yaml(), encoding="utf-8")
+    write_json(run_dir / "environment.json", device_report())
+
+
+def _train(setup: Setup, run_dir: Path, *, resume: bool, progress: bool) -> tuple[nn.Module, StageFolder]:
+    keeper = StageFolder(run_dir, setup.stack)
+    if is_main() and not keeper.stages():
+        keeper.keep(0, "dense", setup.model, edited=False)
+    loop = Loop(
+        setup.stack,
+        setup.task,
+        setup.loaders,
+        setup.plan,
+        settings=setup.recipe.train,
+        run_dir=run_dir,
+        seed=setup.recipe.seed,
+        identity=setup.recipe.identity(),
+        resume=resume,
+        quiet=not progress,
+        on_phase_end=keeper.on_phase_end if is_main() else None,
+    )
+    model = loop.run(setup.model).eval()
+    if is_main():
+        keeper.keep(99, "finished", model)
+    return model, keeper
+
+
+def _costs(rows: Sequence[Measured], dense: nn.Module, finished: nn.Module) -> dict[str, Any]:
+    def measured(which: str) -> dict[str, Any]:
+        return {f"{r.runtime}/{r.row()['precision']}": r.row()["latency"] for r in rows if r.stage.name == which}
+
+    return {
+        "dense": {"theoretical": cost(dense).to_json(), "measured": measured("dense")},
+        "finished": {"theoretical": cost(finished).to_json(), "measured": measured("finished")},
+    }
+
+
+def execute(
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    model: nn.Module | None = None,
+    methods: Sequence[Method] | None = None,
+    sources: dict[str, ImageSource] | None = None,
+    say: Say = lambda text: None,
+) -> RunResult:
+    """Carry out a recipe in ``run_dir``.
+
+    Args:
+        recipe: A validated recipe.
+        run_dir: New folder, or one with an interrupted run and ``resume``.
+        resume: Continue an interrupted run; a run that was interrupted after training continues
+            with the measurements that are missing.
+        progress: Show progress bars.
+        model: Takes the place of the recipe's model.
+        methods: Take the place of the recipe's methods.
+        sources: Take the place of the recipe's data.
+        say: Told what happens, one line at a time.
+
+    Raises:
+        GossamerError: Bad input (before anything is computed), or a failure while running.
+        RunError: A bound of the target is missed; the finished model and report are kept.
+    """
+    setup = set_up(recipe, model=model, methods=methods, sources=sources, rank=rank(), world=world_size())
+    trained = run_dir / "model" / "model.json"
+    keeper = StageFolder(run_dir, setup.stack)
+    if resume and trained.is_file():
+        finished = load(run_dir / "model")
+        say("training was finished earlier; measuring")
+    else:
+        if is_main():
+            _write_inputs(setup, run_dir)
+        finished, keeper = _train(setup, run_dir, resume=resume, progress=progress)
+        if is_main():
+            write_json(run_dir / "edits.json", _edit_log(setup))
+            save(finished, run_dir / "model", stack=setup.stack)
+    if not is_main():
+        return RunResult(finished, [], run_dir)
+    export = recipe.export
+    rows = measure(
+        keeper.stages(), setup.evaluation, setup.preprocessing, setup.task, run_dir / "artefacts",
+        runtimes=export.runtimes, batch=export.batch, threads=export.threads, rounds=export.rounds, tick=say,
+    )  # fmt: skip
+    write_json(run_dir / "cost.json", _costs(rows, setup.dense, finished))
+    table = [r.row() for r in rows]
+    write_summary(setup, finished, keeper, table, run_dir)
+    result = RunResult(finished, table, run_dir, build_report([run_dir], run_dir / "report.html"))
+    result.missed = check_target(recipe, _figures(table, "dense"), _figures(table, "finished"))
+    if result.missed:
+        raise RunError(f"{run_dir}: the target is missed ({'; '.join(result.missed)}); model and report are kept")
+    return result
+
+
+def _edit_log(setup: Setup) -> list[dict[str, Any]]:
+    return [
+        {"method": type(setup.stack.methods[i]).__name__, "index": i, "edit": json.loads(json.dumps(e))}
+        for i, e in setup.stack.edits
+    ]
+
+
+def _figures(table: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
+    """Return the figures a target is checked against: those of a stage in the first runtime, best precision."""
+    rows = [r for r in table if r["name"] == name]
+    rows = [r for r in rows if r["runtime"] == rows[0]["runtime"]]
+    row = rows[-1]
+    batch = min(row["latency"], key=int)
+    figures = {
+        "macs": row["macs"], "params": row["params"], "size": row["file_bytes"],
+        "latency": row["latency"][batch]["median_ms"],
+    }  # fmt: skip
+    if row["top1"] is not None:
+        figures["top1"] = 100 * row["top1"] if row["top1"] <= 1 else row["top1"]
+    return figures

@@ -1,0 +1,220 @@
+"""Accuracy and latency of every stage inside the runtimes that ship."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gossamer.cost.latency import bench
+from gossamer.cost.ledger import Cost, cost
+from gossamer.data.loading import batches
+from gossamer.data.sources import ImageSource
+from gossamer.data.transforms import eval_transform
+from gossamer.export import exporting
+from gossamer.models.preprocessing import Preprocessing
+from gossamer.pipeline.stages import Stage
+from gossamer.runtimes import Session, get
+from gossamer.tasks.classification import Classification, Evaluation
+from gossamer.tasks.paired import compare
+
+__all__ = ["FORMATS", "Measured", "measure", "runtime_accuracy"]
+
+FORMATS = {"openvino": "openvino", "onnxruntime": "onnx"}
+"""Artefact format that each runtime executes."""
+
+
+@dataclass
+class Measured:
+    """One row: a stage in one runtime at one precision."""
+
+    stage: Stage
+    runtime: str
+    precision: str
+    cost: Cost
+    files: dict[int, Path] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
+    latency: dict[int, dict[str, Any]] = field(default_factory=dict)
+    agreement: dict[str, Any] | None = None
+    chosen: bool = False
+    note: str = ""
+
+    @property
+    def int8(self) -> bool:
+        """Whether the stage holds 8-bit layers (its graph mixes int8 kernels with the named precision)."""
+        return any(getattr(layer, "weight_bits", 32) <= 8 for layer in self.cost.per_layer if layer.macs)
+
+    def row(self) -> dict[str, Any]:
+        """Return the row as JSON, with the keys the report reads."""
+        size = sum(p.stat().st_size for p in _parts(next(iter(self.files.values())))) if self.files else None
+        ev = self.evaluation
+        return {
+            "stage": self.stage.title,
+            "name": self.stage.name,
+            "runtime": self.runtime,
+            "precision": f"int8+{self.precision}" if self.int8 else self.precision,
+            "macs": self.cost.macs,
+            "params": self.cost.params,
+            "file_bytes": size,
+            "images": None if ev is None else len(ev.targets),
+            "top1": None if ev is None else ev.top1,
+            "top1_interval": None if ev is None else list(ev.interval),
+            "agreement": None if self.agreement is None else self.agreement.get("agreement"),
+            "paired": self.agreement,
+            "latency": {str(b): v for b, v in self.latency.items()},
+            "chosen": self.chosen,
+            "note": self.note,
+        }
+
+
+def _parts(graph: Path) -> list[Path]:
+    return [p for p in (graph, graph.with_suffix(".bin"), Path(f"{graph}.data")) if p.is_file()]
+
+
+def runtime_accuracy(
+    session: Session, images: ImageSource, pre: Preprocessing, task: Classification, batch: int
+) -> Evaluation:
+    """Evaluate a session whose graph takes exactly ``batch`` images (the last batch is padded)."""
+
+    def predict(x: torch.Tensor) -> torch.Tensor:
+        n = len(x)
+        full = torch.cat([x, x[:1].expand(batch - n, *x.shape[1:])]) if n < batch else x
+        return torch.from_numpy(np.asarray(session.run(full.numpy())))[:n]
+
+    return task.evaluate(predict, batches(images, eval_transform(pre), batch))
+
+
+def _precisions(stage: Stage, runtime: str) -> tuple[str, ...]:
+    native = get(runtime).precisions()
+    return native if stage.name == "dense" else (native[-1],)
+
+
+def _export_rows(stages: Sequence[Stage], runtimes: Sequence[str], batch: Sequence[int], out: Path) -> list[Measured]:
+    rows = []
+    for stage in stages:
+        model = stage.model()
+        ledger = cost(model)
+        for runtime in runtimes:
+            files = {}
+            for b in batch:
+                folder = out / f"{stage.folder.name}-{FORMATS[runtime]}-b{b}"
+                files[b] = exporting.export_once(model, folder, format=FORMATS[runtime], batch=b).graph
+            for precision in _precisions(stage, runtime):
+                rows.append(Measured(stage, runtime, precision, ledger, files))
+    return rows
+
+
+def _ratio(rows: Sequence[Any], a: int, b: int) -> float:
+    """Return the median over rounds of time(a) / time(b): how many times b is faster than a."""
+    return statistics.median(x / y for x, y in zip(rows[a].samples_ms, rows[b].samples_ms, strict=True))
+
+
+def _time(rows: list[Measured], batch: int, threads: int, rounds: int, size: tuple[int, int, int]) -> None:
+    """Time all rows of one runtime in one interleaved run and fill in their ratios."""
+    x = np.random.default_rng(0).standard_normal((batch, *size), dtype=np.float32)
+    sessions = [get(r.runtime).load(r.files[batch], precision=r.precision, threads=threads) for r in rows]
+    timings = bench(sessions, x, rounds=rounds)
+    dense = [i for i, r in enumerate(rows) if r.stage.name == "dense"]
+    fp32 = next(i for i in dense if rows[i].precision == "f32")
+    best = min(dense, key=lambda i: timings[i].median_ms)
+    for i, row in enumerate(rows):
+        row.latency[batch] = {
+            "median_ms": timings[i].median_ms,
+            "iqr_ms": timings[i].iqr_ms,
+            "ratio_fp32": _ratio(timings, fp32, i),
+            "ratio_best_dense": _ratio(timings, best, i),
+            "best_dense": rows[best].precision,
+            "trusted": timings[i].trusted,
+            "reason": timings[i].reason,
+        }
+
+
+def _accuracies(
+    rows: list[Measured], images: ImageSource, pre: Preprocessing, task: Classification, threads: int,
+    tick: Callable[[str], None],
+) -> None:  # fmt: skip
+    for runtime in dict.fromkeys(r.runtime for r in rows):
+        mine = [r for r in rows if r.runtime == runtime]
+        for row in mine:
+            b = max(row.files)
+            session = get(runtime).load(row.files[b], precision=row.precision, threads=threads)
+            row.evaluation = runtime_accuracy(session, images, pre, task, b)
+            tick(f"{row.stage.title}, {runtime} {row.precision}")
+        reference = next(r for r in mine if r.stage.name == "dense" and r.precision == "f32").evaluation
+        for row in mine:
+            if reference is not None and row.evaluation is not None:
+                row.agreement = compare(reference.logits, row.evaluation.logits, reference.targets).to_json()
+
+
+def _explain(rows: Sequence[Measured], batch: int) -> None:
+    """Say of every row that is not faster than the best dense one that it is not, and why; mark the fastest."""
+    for runtime in dict.fromkeys(r.runtime for r in rows):
+        mine = [r for r in rows if r.runtime == runtime]
+        last = [r for r in mine if r.stage.name != "dense"]
+        if last:
+            min(last, key=lambda r: r.latency[batch]["median_ms"]).chosen = True
+        for row in last:
+            got = row.latency[batch]
+            if got["ratio_best_dense"] < 1.0:
+                why = (
+                    f"int8 kernels gain nothing over {got['best_dense']} here; quantizing and dequantizing around "
+                    "softmax, LayerNorm and GELU costs more than the products save"
+                    if row.int8
+                    else f"the steps that drop tokens cost more than the saved products at this width in {got['best_dense']}"
+                )
+                row.note = f"not faster than dense {got['best_dense']} ({got['ratio_best_dense']:.2f}x): {why}"
+
+
+def measure(
+    stages: Sequence[Stage],
+    images: ImageSource | None,
+    pre: Preprocessing,
+    task: Classification,
+    out: Path,
+    *,
+    runtimes: Sequence[str] = ("openvino", "onnxruntime"),
+    batch: Sequence[int] = (1, 8),
+    threads: int = 2,
+    rounds: int = 7,
+    tick: Callable[[str], None] = lambda text: None,
+) -> list[Measured]:
+    """Export every stage, evaluate it and time it in the runtimes.
+
+    Args:
+        stages: Saved stages; the first is the dense one.
+        images: Evaluation images, or ``None`` for speed only.
+        pre: Preprocessing.
+        task: The task.
+        out: Folder for the artefacts.
+        runtimes: Names of runtimes.
+        batch: Batch sizes of the static graphs that are timed; accuracy uses the largest.
+        threads: Threads.
+        rounds: Interleaved timing rounds.
+        tick: Told about every finished piece of work.
+
+    Returns:
+        One row per stage, runtime and precision. Dense models are measured at every precision the
+        CPU runs natively, the others at the best of them.
+    """
+    rows = _export_rows(stages, runtimes, batch, out)
+    tick("exported")
+    for runtime in runtimes:
+        mine = [r for r in rows if r.runtime == runtime]
+        for b in batch:
+            _time(mine, b, threads, rounds, pre.size)
+            tick(f"timed {runtime}, batch {b}")
+    if images is not None:
+        _accuracies(rows, images, pre, task, threads, tick)
+    _explain(rows, max(batch))
+    return rows
+
+
+def finished_model(stages: Sequence[Stage]) -> nn.Module:
+    """Return the model of the last stage."""
+    return stages[-1].model()

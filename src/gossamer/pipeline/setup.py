@@ -1,0 +1,161 @@
+"""Turn a recipe (or objects a caller hands in) into what the loop needs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gossamer.core.errors import RecipeError
+from gossamer.core.method import Method
+from gossamer.core.registry import build
+from gossamer.core.schedule import Loader, Phase, Plan
+from gossamer.core.stack import Stack
+from gossamer.cost.budget import Budget
+from gossamer.data.loading import StepLoader
+from gossamer.data.sources import ImageSource, open_data
+from gossamer.data.transforms import eval_transform, train_transform
+from gossamer.kits.teacher import bind_self
+from gossamer.models.build import load_model
+from gossamer.models.preprocessing import Preprocessing, preprocessing
+from gossamer.recipe import Recipe
+from gossamer.tasks.classification import Classification
+
+__all__ = ["Setup", "set_up"]
+
+
+@dataclass
+class Setup:
+    """Everything a run works with.
+
+    Attributes:
+        recipe: The resolved recipe.
+        model: The model to compress.
+        dense: A frozen copy of it before any method.
+        stack: The methods.
+        task: The task.
+        preprocessing: Image preprocessing of the model.
+        loaders: Step loaders by name (``train``, ``calibration``).
+        evaluation: Images to evaluate on, or ``None``.
+        plan: The recipe's own phases.
+    """
+
+    recipe: Recipe
+    model: nn.Module
+    dense: nn.Module
+    stack: Stack
+    task: Classification
+    preprocessing: Preprocessing
+    loaders: dict[str, Loader]
+    evaluation: ImageSource | None
+    plan: Plan
+
+
+def _methods(recipe: Recipe) -> list[Method]:
+    """Build the recipe's methods; a target on MACs is handed to every method that takes ``macs`` and has none."""
+    target = recipe.target.model_dump(exclude_none=True) if recipe.target else {}
+    built = []
+    for name, options in recipe.method_items():
+        filled = dict(options)
+        fields = getattr(build(name, filled), "__dataclass_fields__", {})
+        for key in ("macs",):
+            if key in target and key in fields and key not in filled:
+                filled[key] = target[key]
+        built.append(build(name, filled))
+    return built
+
+
+def _source(spec: Any) -> ImageSource | None:
+    if spec is None or not isinstance(spec, str):
+        return spec
+    return open_data(spec)
+
+
+def _steps(recipe: Recipe, images: int) -> int:
+    train = recipe.train
+    if train.steps is not None:
+        return train.steps
+    return int(round((train.epochs or 0) * images / train.batch_size))
+
+
+def set_up(
+    recipe: Recipe,
+    *,
+    model: nn.Module | None = None,
+    methods: Sequence[Method] | None = None,
+    sources: dict[str, ImageSource] | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> Setup:
+    """Build the objects of a run.
+
+    Args:
+        recipe: A validated recipe.
+        model: Takes the place of the recipe's model.
+        methods: Take the place of the recipe's methods.
+        sources: Take the place of ``train``, ``eval`` and ``calibration`` data.
+        rank: Rank of this process.
+        world: Number of processes.
+
+    Raises:
+        GossamerError: Whatever of it is wrong, in one line.
+    """
+    torch.manual_seed(recipe.seed)
+    if model is None:
+        spec = recipe.model.name + (f"@{recipe.model.weights}" if recipe.model.weights else "")
+        model = load_model(
+            spec, num_classes=recipe.model.num_classes, pretrained=recipe.model.pretrained, **recipe.model.options
+        )
+    pre = preprocessing(model)
+    dense = copy.deepcopy(model).eval().requires_grad_(False)
+    stack = Stack(methods if methods is not None else _methods(recipe))
+    bind_self(stack, dense)
+    given = sources or {}
+    train = given.get("train") or _source(recipe.data.train)
+    evaluation = given.get("eval") or _source(recipe.data.eval)
+    calibration = given.get("calibration") or _source(recipe.data.calibration) or train
+    steps = _steps(recipe, len(train)) if train is not None else 0
+    if steps and train is None:
+        raise RecipeError("data.train: nothing given, but train.steps or train.epochs ask for training; name images")
+    task = Classification(label_smoothing=recipe.data.smoothing)
+    loaders: dict[str, Loader] = {}
+    common = {"seed": recipe.seed, "workers": recipe.data.workers, "rank": rank, "world": world}
+    if train is not None:
+        task.check_classes(train, model)
+        transform = train_transform(pre, recipe.data.augment)
+        mix = {"mixup": recipe.data.mixup, "cutmix": recipe.data.cutmix, "smoothing": recipe.data.smoothing}
+        loaders["train"] = StepLoader(
+            train, transform, recipe.train.batch_size, shuffle=True, mixing=mix, num_classes=task.num_classes, **common
+        )
+    if evaluation is not None:
+        task.check_classes(evaluation, model)
+    if calibration is not None:
+        # calibration sees images as deployment will: no augmentation, no labels used
+        loaders["calibration"] = StepLoader(
+            calibration, eval_transform(pre), min(recipe.train.batch_size, len(calibration)), shuffle=True, **common
+        )
+    plan = Plan(
+        [Phase("fit", steps, schedule=recipe.train.schedule, warmup=recipe.train.warmup,
+               min_lr_ratio=recipe.train.min_lr_ratio)]
+    )  # fmt: skip
+    loaders = {name: stack.loader(name, loader) for name, loader in loaders.items()}
+    return Setup(recipe, model, dense, stack, task, pre, loaders, evaluation, plan)
+
+
+def check_target(recipe: Recipe, dense: dict[str, float], finished: dict[str, float]) -> list[str]:
+    """Return one sentence for every bound of the recipe's target that the finished model misses."""
+    missed = []
+    for metric, text in (recipe.target.model_dump(exclude_none=True) if recipe.target else {}).items():
+        if metric == "max_drop":
+            drop = dense.get("top1", 0.0) - finished.get("top1", 0.0)
+            if drop > float(text):
+                missed.append(f"max_drop: accuracy fell by {drop:.2f} points, {text} are allowed")
+        elif metric in finished:
+            bound = Budget.parse(metric, text).resolve(dense[metric])
+            if finished[metric] > bound * 1.005:
+                missed.append(f"{metric}: {finished[metric]:.4g}, the target is {bound:.4g}")
+    return missed

@@ -1,0 +1,93 @@
+"""Stages of a run: the dense model, the model after each phase that changed it, the finished one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gossamer.core.method import Method
+from gossamer.core.schedule import Phase
+from gossamer.core.stack import LASTING, Stack
+from gossamer.models.store import load, save
+
+__all__ = ["Stage", "StageFolder", "stage_title"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One saved state of the model.
+
+    Attributes:
+        name: ``"dense"``, a phase name, or ``"finished"``.
+        title: What a table calls it.
+        folder: Saved model folder.
+    """
+
+    name: str
+    title: str
+    folder: Path
+
+    def model(self) -> nn.Module:
+        """Return the stage's model, built from its folder, in evaluation mode."""
+        return load(self.folder).eval()
+
+
+def stage_title(name: str, methods: Iterable[Method]) -> str:
+    """Return the table name of a stage: the class of the method that owns the phase, or the phase."""
+    owner = {type(m).__module__.rpartition(".")[0].rpartition(".")[2]: type(m).__name__ for m in methods}
+    head, _, _ = name.partition(".")
+    if head == "fit":
+        extra = [type(m).__name__ for m in methods if not m.touches & LASTING]
+        return "fine-tuned" + (f" with {' and '.join(extra)}" if extra else "")
+    return owner.get(head, name)
+
+
+class StageFolder:
+    """Keeps the stages of a run on disk, so that a resumed run does not lose them.
+
+    Args:
+        run_dir: Run folder; stages live in ``run_dir/stages/<k>-<name>/``.
+        stack: The stack of the run.
+    """
+
+    def __init__(self, run_dir: Path, stack: Stack) -> None:
+        self.folder = run_dir / "stages"
+        self.stack = stack
+
+    def keep(self, index: int, name: str, model: nn.Module, *, edited: bool = True) -> Stage:
+        """Save ``model`` as stage ``index``; ``edited`` false means that it is still the dense one."""
+        path = self.folder / f"{index:02d}-{name}"
+        save(model, path, stack=self.stack if edited else None)
+        return Stage(name, self._title(name), path)
+
+    def on_phase_end(self, index: int, phase: Phase, model: nn.Module) -> None:
+        """Keep the model after a phase that trained something or changed the structure.
+
+        A phase that only works on the model (a calibration) leaves nothing deployable behind: what
+        it prepares becomes physical at ``finish``.
+        """
+        if phase.steps and phase.work is None:
+            self.keep(index + 1, phase.name, copy.deepcopy(model).eval())
+
+    def stages(self) -> list[Stage]:
+        """Return the stages on disk in order."""
+        found = []
+        for path in sorted(self.folder.glob("[0-9][0-9]-*")):
+            name = path.name.partition("-")[2]
+            found.append(Stage(name, self._title(name), path))
+        return found
+
+    def _title(self, name: str) -> str:
+        if name in ("dense", "finished"):
+            last = [type(m).__name__ for m in self.stack.methods if m.touches & LASTING]
+            return "dense" if name == "dense" else " + ".join(last) or "finished"
+        return stage_title(name, self.stack.methods)
+
+    def facts(self) -> list[dict[str, Any]]:
+        """Return name, title and folder of every stage as JSON."""
+        return [{"name": s.name, "title": s.title, "folder": str(s.folder)} for s in self.stages()]

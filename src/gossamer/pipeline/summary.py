@@ -1,0 +1,90 @@
+"""Writes report.json: all a report shows, as data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gossamer.engine.checkpoint import write_json
+from gossamer.pipeline.setup import Setup
+from gossamer.pipeline.stages import StageFolder
+from gossamer.report.photos import photo_maps
+
+__all__ = ["curves", "write_summary"]
+
+
+def curves(metrics: Path) -> list[dict[str, Any]]:
+    """Return one curve per phase and loss term of a ``metrics.jsonl``."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    if not metrics.is_file():
+        return []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        for term, value in (row.get("terms") or {}).items():
+            curve = found.setdefault(
+                (row["phase"], term), {"phase": row["phase"], "term": term, "steps": [], "values": []}
+            )
+            curve["steps"].append(row["step"])
+            curve["values"].append(value)
+    return list(found.values())
+
+
+def _facts(table: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    dense = next(r for r in table if r["name"] == "dense")
+    chosen = next((r for r in table if r.get("chosen")), table[-1])
+    batch = max(chosen["latency"], key=int)
+    latency = chosen["latency"][batch]
+    return {
+        "shipped": f"{chosen['stage']} in {chosen['runtime']} {chosen['precision']}",
+        "macs_dense": dense["macs"],
+        "macs": chosen["macs"],
+        "bytes_dense": dense["file_bytes"],
+        "bytes": chosen["file_bytes"],
+        "top1_dense": dense["top1"],
+        "top1": chosen["top1"],
+        "agreement": chosen["agreement"],
+        "batch": int(batch),
+        "median_ms": latency["median_ms"],
+        "ratio_fp32": latency["ratio_fp32"],
+        "ratio_best_dense": latency["ratio_best_dense"],
+        "best_dense": latency["best_dense"],
+    }
+
+
+def write_summary(
+    setup: Setup, finished: nn.Module, keeper: StageFolder, table: Sequence[dict[str, Any]], run_dir: Path
+) -> Path:
+    """Write ``run_dir/report.json`` and return its path.
+
+    Args:
+        setup: The run's objects.
+        finished: The finished model.
+        keeper: The stages.
+        table: The measured rows.
+        run_dir: Run folder.
+    """
+    described = setup.stack.describe(finished)
+    merged: dict[str, Any] = {}
+    for parts in described.values():
+        for key in ("tokens", "quantization"):
+            if parts.get(key):
+                merged[key] = parts[key]
+    photos = photo_maps(keeper.stages(), setup.evaluation, setup.preprocessing) if setup.evaluation else []
+    content = {
+        "title": setup.recipe.name,
+        "summary": _facts(table),
+        "environment": json.loads((run_dir / "environment.json").read_text(encoding="utf-8")),
+        "recipe": setup.recipe.to_yaml(),
+        "table": list(table),
+        "curves": curves(run_dir / "metrics.jsonl"),
+        "methods": described,
+        "photos": photos,
+        **merged,
+    }
+    path = run_dir / "report.json"
+    write_json(path, content)
+    return path

@@ -1,0 +1,61 @@
+"""Numbers as people read them: 1.26 G, 5.7 MB, 82.4 %, 2.61×."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+__all__ = ["as_bytes", "as_count", "as_ms", "as_percent", "as_ratio", "as_share", "is_number", "nice_ticks"]
+
+MINUS = "\N{MINUS SIGN}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a finite int or float (booleans are not numbers here)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def as_count(value: float) -> str:
+    """Return a count with three significant digits and a decimal prefix (``1.26 G``)."""
+    for limit, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= limit:
+            scaled = value / limit
+            return f"{scaled:.{max(0, 2 - int(math.log10(abs(scaled))))}f}{unit}"
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.3g}"
+
+
+def as_bytes(value: float) -> str:
+    """Return a size in decimal megabytes or kilobytes."""
+    return f"{value / 1e6:.1f} MB" if value >= 1e5 else f"{value / 1e3:.1f} kB"
+
+
+def as_ms(value: float) -> str:
+    """Return milliseconds with a sensible number of digits."""
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def as_ratio(value: float) -> str:
+    """Return a ratio such as ``1.52×``."""
+    return f"{value:.2f}{TIMES}"
+
+
+def as_share(value: float) -> float:
+    """Return a share in [0, 1], whether it came as one or as a percentage."""
+    return value / 100 if value > 1.0 else float(value)
+
+
+def as_percent(share: float, digits: int = 1) -> str:
+    """Return a share in [0, 1] as a percentage with a proper minus sign."""
+    return f"{100 * share:.{digits}f}".replace("-", MINUS) + " %"
+
+
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Return about ``count`` round numbers that cover [low, high]."""
+    if not high > low:
+        low, high = low - 0.5, high + 0.5
+    raw = (high - low) / max(1, count)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(k * step, 12) for k in range(first, last + 1)]

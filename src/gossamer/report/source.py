@@ -1,0 +1,102 @@
+"""Reads what a run left behind: ``report.json`` and, where it is silent, the other files of the run folder.
+
+``report.json`` is one object; every key is optional and a section without data is left out of the page:
+
+| key | value |
+| --- | --- |
+| ``title`` | name of the run |
+| ``summary`` | facts, ``{label: text or number}`` |
+| ``table`` | rows ``{stage, runtime, precision, macs, params, file_bytes, top1, top1_interval: [low, high], agreement, note, final, latency: {batch: {median_ms, iqr_ms, ratio_fp32, ratio_best_dense, trusted}}}``; shares in [0, 1] or percent |
+| ``tokens`` | ``{blocks, kept, pruned, merged, dense, schedule}``: counts per block |
+| ``photos`` | ``{name, label, dense, finished, image, blocks: [grid or {block, grid}]}``; a grid holds one group id per patch, -1 where it was pruned |
+| ``quantization`` | rows ``{layer, bits_w, bits_a, error, gamma}`` |
+| ``curves`` | rows ``{phase, term, steps, values}`` |
+| ``profile`` | ``{runtime: [op]}`` or rows ``{runtime, stage, ops: [op]}``; op: ``{type, kernel, precision, ms, count}`` |
+| ``methods`` | ``{class name: {"facts": {...}, "tables": [{title, rows}]}}`` |
+| ``failed`` | rows ``{name, reason}``: images that could not be read |
+| ``environment``, ``recipe`` | object, YAML text |
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import base64
+import json
+import mimetypes
+from pathlib import Path
+from typing import Any
+
+from gossamer.core.errors import StateError
+
+__all__ = ["RunData", "image_uri", "read_run"]
+
+RunData = dict[str, Any]
+"""What ``report.json`` holds, plus ``folder`` (name of the run folder)."""
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
+        raise StateError(f"{path}: cannot be read as JSON ({err}); run the recipe again or delete the file") from None
+
+
+def _curves(path: Path) -> list[dict[str, Any]]:
+    """Return the loss curves of a ``metrics.jsonl``; a torn last line (a killed run) ends the reading."""
+    series: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        for term, value in row.get("terms", {}).items():
+            key = (str(row.get("phase", "fit")), term)
+            curve = series.setdefault(key, {"phase": key[0], "term": term, "steps": [], "values": []})
+            curve["steps"].append(row.get("index", len(curve["steps"])))
+            curve["values"].append(value)
+    return list(series.values())
+
+
+def read_run(folder: Path) -> RunData:
+    """Return the report data of a run folder.
+
+    Raises:
+        StateError: The folder is missing, holds nothing to report, or a file in it is unreadable.
+    """
+    if not folder.is_dir():
+        raise StateError(f"{folder}: no such run folder; pass the --out folder of a finished run")
+    data: RunData = {}
+    if (folder / "report.json").is_file():
+        data = _read_json(folder / "report.json")
+        if not isinstance(data, dict):
+            raise StateError(f"{folder / 'report.json'}: holds a {type(data).__name__}; expected an object")
+    if not data.get("environment") and (folder / "environment.json").is_file():
+        data["environment"] = _read_json(folder / "environment.json")
+    if not data.get("recipe") and (folder / "recipe.yaml").is_file():
+        data["recipe"] = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    if not data.get("curves") and (folder / "metrics.jsonl").is_file():
+        data["curves"] = _curves(folder / "metrics.jsonl")
+    if not data:
+        raise StateError(
+            f"{folder}: holds neither report.json nor recipe.yaml, environment.json, metrics.jsonl; "
+            f"pass the --out folder of a run"
+        )
+    data["folder"] = folder.resolve().name
+    data.setdefault("title", data["folder"])
+    return data
+
+
+def image_uri(image: str, folder: Path) -> str:
+    """Return ``image`` as a data URI; a path is looked up under ``folder`` (and ``artefacts/photos`` in it).
+
+    Raises:
+        StateError: There is no such file inside the run folder.
+    """
+    if image.startswith("data:image/"):
+        return image
+    root = folder.resolve()
+    for base in (root, root / "artefacts" / "photos"):
+        path = (base / image).resolve()
+        if path.is_file() and path.is_relative_to(root):
+            kind = mimetypes.guess_type(path.name)[0] or "image/jpeg"
+            return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    raise StateError(f"{folder}: photo {image!r} is not in the run folder; run again or drop it from report.json")
