@@ -38,6 +38,7 @@ class MethodInfo:
         touches: What it changes.
         status: ``reproduced``, ``mathematics checked``, ``reconstruction`` or ``baseline``.
         package: Importable package of the room.
+        default_for: Jobs the method offers itself for when a user names the job and no method (``"int8"``).
     """
 
     name: str
@@ -50,6 +51,7 @@ class MethodInfo:
     touches: tuple[str, ...]
     status: str
     package: str
+    default_for: tuple[str, ...] = ()
 
 
 def _front_matter(text: str, where: str) -> dict[str, Any]:
@@ -84,6 +86,7 @@ def methods() -> dict[str, MethodInfo]:
             touches=tuple(front["touches"]),
             status=front["status"],
             package=package,
+            default_for=tuple(front.get("default_for") or ()),
         )
     return dict(sorted(found.items()))
 

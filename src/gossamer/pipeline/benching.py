@@ -1,0 +1,75 @@
+"""Models side by side in one interleaved run."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from gossamer.core.errors import ModelError
+from gossamer.cost.latency import bench as time_sessions
+from gossamer.pipeline.graphs import graph_for, resolve
+from gossamer.runtimes import get
+
+__all__ = ["bench"]
+
+
+def _name(model: nn.Module | str) -> str:
+    return model if isinstance(model, str) else type(model).__name__
+
+
+def bench(
+    models: Sequence[nn.Module | str], *, batch: Sequence[int], threads: int, runtimes: Sequence[str],
+    precision: str | None, rounds: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """See ``gossamer.api.bench``."""
+    engines = [get(name) for name in runtimes]
+    loaded = [resolve(m) for m in models]
+    sizes = {pre.size for _, pre in loaded}
+    if len(sizes) > 1:
+        raise ModelError(f"bench: the models take inputs of different sizes {sorted(sizes)}; give models of one size")
+    size = sizes.pop()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for engine, runtime in zip(engines, runtimes, strict=True):
+            for b in batch:
+                x = np.random.default_rng(0).standard_normal((b, *size), dtype=np.float32)
+                keys, sessions = [], []
+                for i, (model, _) in enumerate(loaded):
+                    graph = graph_for(model, runtime, b, Path(scratch) / f"m{i}")
+                    for p in (precision,) if precision else engine.precisions():
+                        keys.append((_name(models[i]), p))
+                        sessions.append(engine.load(graph, precision=p, threads=threads))
+                rows += _rows(keys, time_sessions(sessions, x, rounds=rounds), runtime, b)
+    return rows
+
+
+def _rows(keys: Sequence[tuple[str, str]], timings: Sequence[Any], runtime: str, batch: int) -> list[dict[str, Any]]:
+    first = [i for i, k in enumerate(keys) if k[0] == keys[0][0]]
+    best = min(first, key=lambda i: timings[i].median_ms)
+
+    def ratio(a: int, b: int) -> float:
+        pairs = zip(timings[a].samples_ms, timings[b].samples_ms, strict=True)
+        return statistics.median(x / y for x, y in pairs)
+
+    return [
+        {
+            "model": name,
+            "runtime": runtime,
+            "precision": precision,
+            "batch": batch,
+            "median_ms": timings[i].median_ms,
+            "iqr_ms": timings[i].iqr_ms,
+            "ratio": ratio(0, i),
+            "ratio_best_dense": ratio(best, i),
+            "best_dense": keys[best][1],
+            "trusted": timings[i].trusted,
+            "reason": timings[i].reason,
+        }
+        for i, (name, precision) in enumerate(keys)
+    ]

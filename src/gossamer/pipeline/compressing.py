@@ -1,0 +1,88 @@
+"""From objects and flags to a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gossamer.core.errors import RecipeError
+from gossamer.core.method import Method
+from gossamer.core.registry import build, name_of, options_of
+from gossamer.data.sources import ImageSource, from_dataset, open_data, take
+from gossamer.pipeline.execute import RunResult, execute
+from gossamer.pipeline.progress import say
+from gossamer.recipe import Recipe
+
+__all__ = ["compress"]
+
+
+def _method(entry: Method | str | Mapping[str, Any], teacher: Any, target: Mapping[str, Any]) -> Method:
+    """Build one method; hand the teacher and the MAC budget to fields of that name that are unset."""
+    if isinstance(entry, Method):
+        return entry
+    if isinstance(entry, str):
+        name, options = entry, {}
+    else:
+        if len(entry) != 1:
+            raise RecipeError(f"methods: got a mapping with keys {sorted(entry)}; expected one {{name: options}}")
+        name, options = next((k, dict(v or {})) for k, v in entry.items())
+    build(name, options)  # names a wrong option before anything is added
+    fields = {f.name for f in dataclasses.fields(type(build(name, options)))}
+    if teacher is not None and "teacher" in fields and "teacher" not in options:
+        options["teacher"] = teacher
+    if "macs" in target and "macs" in fields and "macs" not in options:
+        options["macs"] = target["macs"]
+    return build(name, options)
+
+
+def _images(data: Any) -> ImageSource:
+    return open_data(data) if isinstance(data, str) else from_dataset(data)
+
+
+def _split(data: Any, evaluation: Any) -> tuple[ImageSource, ImageSource]:
+    source = _images(data)
+    if evaluation is not None:
+        return source, _images(evaluation)
+    held = max(1, len(source) // 5)
+    if len(source) < 5:
+        raise RecipeError(f"data: {len(source)} images; expected at least 5, or pass evaluation images of their own")
+    order = list(range(len(source)))
+    # every fifth image, so that class folders read in order are split alike
+    return take(source, [i for i in order if i % 5 != 4]), take(source, [i for i in order if i % 5 == 4][:held])
+
+
+def compress(
+    model: nn.Module | str, data: Any, methods: Sequence[Method | str | Mapping[str, Any]], *,
+    target: Mapping[str, Any] | None, teacher: Any, evaluation: Any, train: Mapping[str, Any] | None,
+    run_dir: Path, resume: bool, progress: bool,
+) -> RunResult:  # fmt: skip
+    """See ``gossamer.api.compress``."""
+    bounds = dict(target or {})
+    if not methods:
+        raise RecipeError("methods: got none; name at least one, e.g. methods=[gossamer.DiffRate()]")
+    built = [_method(m, teacher, bounds) for m in methods]
+    source, held = _split(data, evaluation)
+    spec = model if isinstance(model, str) else getattr(getattr(model, "gossamer_source", None), "name", "module")
+    name, _, weights = spec.partition("@")
+    recipe = Recipe.model_validate(
+        {
+            "name": run_dir.name,
+            "model": {"name": name, "weights": weights or None},
+            "data": {
+                "train": data if isinstance(data, str) else None,
+                "eval": evaluation if isinstance(evaluation, str) else None,
+            },
+            "methods": [{name_of(m): options_of(m)} for m in built],
+            "train": {"steps": 0, **dict(train or {})},
+            "target": bounds or None,
+        }
+    )
+    return execute(
+        recipe, run_dir, resume=resume, progress=progress, model=None if isinstance(model, str) else model,
+        methods=built, sources={"train": source, "eval": held, "calibration": source},
+        say=say if progress else (lambda text: None),
+    )  # fmt: skip

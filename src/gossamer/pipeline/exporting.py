@@ -1,0 +1,90 @@
+"""Export with proof: parity, and accuracy and speed bounds where asked."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gossamer.core import registry
+from gossamer.core.errors import RecipeError, RunError
+from gossamer.core.schedule import Phase, Plan
+from gossamer.core.stack import Stack
+from gossamer.data.loading import StepLoader
+from gossamer.data.sources import ImageSource, from_dataset, open_data
+from gossamer.data.transforms import eval_transform
+from gossamer.engine.loop import Loop
+from gossamer.export.exporting import export as export_graph
+from gossamer.models.preprocessing import preprocessing
+from gossamer.pipeline.benching import bench
+from gossamer.pipeline.measure import FORMATS, runtime_accuracy
+from gossamer.runtimes import get
+from gossamer.tasks.classification import Classification
+
+__all__ = ["export", "to_int8"]
+
+CALIBRATION_IMAGES = 32
+
+
+def to_int8(model: nn.Module, images: ImageSource) -> nn.Module:
+    """Return ``model`` in 8 bits by the registered method that offers itself for it.
+
+    Raises:
+        RecipeError: No registered method does.
+        ModelError: The method cannot handle the model.
+    """
+    offers = [m.name for m in registry.methods().values() if "int8" in m.default_for]
+    if not offers:
+        raise RecipeError("export: no registered method offers int8; its card states default_for: [int8]")
+    stack = Stack([registry.build(offers[0], {})])
+    loader = StepLoader(
+        images, eval_transform(preprocessing(model)), min(CALIBRATION_IMAGES, len(images)), seed=0, shuffle=True
+    )
+    plan = Plan([Phase("fit", 0)])
+    loop = Loop(stack, Classification(), {"train": loader, "calibration": loader}, plan, seed=0)
+    return loop.run(copy.deepcopy(model)).eval()
+
+
+def _accuracy(graph: Path, runtime: str, images: ImageSource, module: nn.Module, batch: int) -> float:
+    session = get(runtime).load(graph, precision=get(runtime).precisions()[-1])
+    return 100 * runtime_accuracy(session, images, preprocessing(module), Classification(), batch).top1
+
+
+def export(
+    model: nn.Module, out: Path, formats: Sequence[str], *, int8: bool, data: Any, max_drop: float | None,
+    min_speedup: float | None, batch: int | str,
+) -> dict[str, Any]:  # fmt: skip
+    """See ``gossamer.api.export``."""
+    runtimes = {f: r for r, f in FORMATS.items()}
+    for name in formats:
+        if name not in runtimes:
+            raise RecipeError(f"export: format {name!r} is unknown; formats are {', '.join(runtimes)}")
+    images = None if data is None else (open_data(data) if isinstance(data, str) else from_dataset(data))
+    final = to_int8(model, images) if int8 and images is not None else model
+    result: dict[str, Any] = {"artefacts": [], "unmet": []}
+    fixed = batch if isinstance(batch, int) else 8
+    for name in formats:
+        artefact = export_graph(final, out / name, format=name, batch=batch)
+        entry: dict[str, Any] = {"format": name, "graph": str(artefact.graph), "parity": artefact.parity}
+        if max_drop is not None and images is not None:
+            dense = export_graph(model, out / f"{name}-given", format=name, batch=batch)
+            before = _accuracy(dense.graph, runtimes[name], images, model, fixed)
+            after = _accuracy(artefact.graph, runtimes[name], images, final, fixed)
+            entry |= {"top1_before": before, "top1": after}
+            if before - after > max_drop:
+                result["unmet"].append(f"{name}: accuracy fell by {before - after:.2f} points, {max_drop} are allowed")
+        if min_speedup is not None:
+            rows = bench(
+                [model, final], batch=[fixed], threads=2, runtimes=[runtimes[name]], precision=None, rounds=7
+            )
+            speed = max(r["ratio_best_dense"] for r in rows[len(rows) // 2 :])
+            entry["speedup_over_best_dense"] = speed
+            if speed < min_speedup:
+                result["unmet"].append(f"{name}: {speed:.2f}x the best dense precision, {min_speedup} were asked for")
+        result["artefacts"].append(entry)
+    if result["unmet"]:
+        raise RunError(f"export: {'; '.join(result['unmet'])}; the artefacts in {out} are kept")
+    return result
