@@ -41,7 +41,7 @@ class ModelSettings(_Part):
 
     name: str
     weights: str | None = None
-    num_classes: int | None = Field(None, ge=1)
+    num_classes: int | None = Field(default=None, ge=1)
     pretrained: bool = False
     options: dict[str, Any] = {}
 
@@ -52,11 +52,11 @@ class DataSettings(_Part):
     train: str | None = None
     eval: str | None = None
     calibration: str | None = None
-    workers: int = Field(0, ge=0)
+    workers: int = Field(default=0, ge=0)
     augment: dict[str, Any] = {}
-    mixup: float = Field(0.0, ge=0)
-    cutmix: float = Field(0.0, ge=0)
-    smoothing: float = Field(0.0, ge=0, lt=1)
+    mixup: float = Field(default=0.0, ge=0)
+    cutmix: float = Field(default=0.0, ge=0)
+    smoothing: float = Field(default=0.0, ge=0, lt=1)
 
 
 class TrainSettings(_Part):
@@ -66,21 +66,21 @@ class TrainSettings(_Part):
     batches. Neither ``epochs`` nor ``steps``: no training of its own.
     """
 
-    epochs: float | None = Field(None, ge=0)
-    steps: int | None = Field(None, ge=0)
-    batch_size: int = Field(32, ge=1)
-    accumulate: int = Field(1, ge=1)
+    epochs: float | None = Field(default=None, ge=0)
+    steps: int | None = Field(default=None, ge=0)
+    batch_size: int = Field(default=32, ge=1)
+    accumulate: int = Field(default=1, ge=1)
     optimizer: str = "adamw"
-    lr: float = Field(5e-4, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
+    lr: float = Field(default=5e-4, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: float = Field(0.0, ge=0, le=1)
-    min_lr_ratio: float = Field(0.01, ge=0, le=1)
-    clip_grad: float | None = Field(None, gt=0)
+    warmup: float = Field(default=0.0, ge=0, le=1)
+    min_lr_ratio: float = Field(default=0.01, ge=0, le=1)
+    clip_grad: float | None = Field(default=None, gt=0)
     precision: Literal["no", "bf16", "fp16"] = "no"
-    ema: float | None = Field(None, gt=0, lt=1)
-    layer_decay: float | None = Field(None, gt=0, le=1)
-    checkpoint_every: int = Field(50, ge=1)
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
+    checkpoint_every: int = Field(default=50, ge=1)
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -92,7 +92,7 @@ class TrainSettings(_Part):
     def _known_optimizer(cls, value: str) -> str:
         from timm.optim import list_optimizers  # slow to import; a recipe is also read by the command line
 
-        known = list_optimizers()
+        known = [str(name) for name in list_optimizers()]
         if value not in known:
             raise ValueError(f"unknown optimizer; common ones are adamw, adam, sgd, lamb{nearest(value, known)}")
         return value
@@ -131,7 +131,7 @@ class TargetSettings(_Part):
     size: str | float | None = None
     memory: str | float | None = None
     latency: str | float | None = None
-    max_drop: float | None = Field(None, ge=0)
+    max_drop: float | None = Field(default=None, ge=0)
 
 
 class ExportSettings(_Part):
@@ -139,9 +139,9 @@ class ExportSettings(_Part):
 
     formats: list[Literal["openvino", "onnx"]] = ["openvino", "onnx"]
     batch: list[int | Literal["dynamic"]] = [1, 8]
-    opset: int | None = Field(None, ge=13)
+    opset: int | None = Field(default=None, ge=13)
     runtimes: list[Literal["openvino", "onnxruntime", "torch"]] = ["openvino", "onnxruntime"]
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
 
 
 class Recipe(_Part):
@@ -155,8 +155,8 @@ class Recipe(_Part):
     methods: list[dict[str, dict[str, Any]]] = []
     train: TrainSettings = TrainSettings()
     target: TargetSettings | None = None
-    export: ExportSettings | None = None
-    seed: int = Field(0, ge=0)
+    export: ExportSettings = ExportSettings()
+    seed: int = Field(default=0, ge=0)
 
     def __init__(self, **data: Any) -> None:
         try:
@@ -203,7 +203,8 @@ class Recipe(_Part):
             RecipeError: A key or value is wrong; the message names it, what is allowed and the nearest right key.
         """
         if not isinstance(content, Mapping):
-            raise RecipeError(f"{where}: got {type(content).__name__}; expected a mapping with keys {list(cls.model_fields)}")
+            kind = type(content).__name__
+            raise RecipeError(f"{where}: got {kind}; expected a mapping with keys {', '.join(cls.model_fields)}")
         for key in content:
             if not isinstance(key, str):
                 raise RecipeError(f"{where}: key {key!r} is not a string; allowed are {', '.join(cls.model_fields)}")
@@ -273,18 +274,18 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Counterpart of ``_Loader``."""
+    """Quotes every word that either YAML 1.1 or ``_Loader`` would read as something else."""
 
 
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
 _BOOL, _WORD = "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$")
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] not in (_BOOL, "tag:yaml.org,2002:float")]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, _WORD, list("tTfF"))
 for _kind in (_Loader, _Dumper):
-    _kind.yaml_implicit_resolvers = {
-        first: [pair for pair in pairs if pair[0] not in (_BOOL, "tag:yaml.org,2002:float")]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    _kind.add_implicit_resolver(_BOOL, _WORD, list("tTfF"))  # type: ignore[no-untyped-call]
-    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))  # type: ignore[no-untyped-call]
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def _parse(text: str, where: str) -> Any:

@@ -47,8 +47,11 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += differing_keys(a, b, f"{prefix}{key}.")
         elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-            found += differing_keys(dict(zip(map(str, range(len(a))), a, strict=True)),
-                                    dict(zip(map(str, range(len(b))), b, strict=True)), f"{prefix}{key}.")
+            found += differing_keys(
+                dict(zip(map(str, range(len(a))), a, strict=True)),
+                dict(zip(map(str, range(len(b))), b, strict=True)),
+                f"{prefix}{key}.",
+            )
         elif a != b:
             found.append(f"{prefix}{key}: {a!r} -> {b!r}")
     return found
@@ -94,7 +97,8 @@ class Checkpoints:
             raise StateError(f"{self.run_dir}: holds a finished run; choose another folder with --out")
         if status == "unfinished" and not resume:
             raise StateError(
-                f"{self.run_dir}: holds an unfinished run; continue it with --resume, or choose another folder with --out"
+                f"{self.run_dir}: holds an unfinished run; continue it with --resume, "
+                f"or choose another folder with --out"
             )
         latest = self.latest()
         return None if latest is None else self.read(latest)
@@ -150,7 +154,8 @@ class Checkpoints:
             content = json.loads((path / _STATE).read_text(encoding="utf-8"))
             if content["format"] > FORMAT:
                 raise StateError(
-                    f"checkpoint {path}: format {content['format']}, this gossamer reads up to {FORMAT}; upgrade gossamer"
+                    f"checkpoint {path}: format {content['format']}, this gossamer reads up to {FORMAT}; "
+                    f"upgrade gossamer"
                 )
             return unpack(content["state"], load_file(path / _TENSORS))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as err:

@@ -112,10 +112,14 @@ def state_tensors(modules: Iterable[nn.Module], *, buffers_only: bool = False) -
     """Return parameters and buffers of modules, each once; with ``buffers_only`` the floating-point buffers."""
     found: dict[int, Tensor] = {}
     for module in modules:
-        tensors = [b for b in module.buffers() if b.is_floating_point()] if buffers_only else [
-            *module.parameters(),
-            *module.buffers(),
-        ]
+        tensors = (
+            [b for b in module.buffers() if b.is_floating_point()]
+            if buffers_only
+            else [
+                *module.parameters(),
+                *module.buffers(),
+            ]
+        )
         found.update({id(t): t for t in tensors})
     return list(found.values())
 

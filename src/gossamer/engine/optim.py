@@ -37,8 +37,9 @@ def rate_factor(phase: Phase, index: int) -> float:
 
 
 def _weight_groups(model: nn.Module, params: list[nn.Parameter], settings: TrainSettings) -> list[dict[str, Any]]:
-    """Split ordinary weights into decayed and not decayed (biases, norms, what the model exempts), by layer if asked."""
-    exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    """Split weights into decayed and not decayed (biases, norms, what the model exempts), by layer if asked."""
+    exempting = getattr(model, "no_weight_decay", None)  # timm's contract
+    exempt: set[str] = set(exempting()) if callable(exempting) else set()
     mine = {id(p) for p in params}
     if settings.layer_decay is not None:
         split = param_groups_layer_decay(
@@ -115,7 +116,7 @@ class Optimisers:
 
     def _collect(self) -> None:
         for group, opt in self.active.items():
-            self._memory.update({p: dict(s) for p, s in opt.state.items()})
+            self._memory.update({p: dict(s) for p, s in opt.state.items() if isinstance(p, nn.Parameter)})
             self._counters[group] = [
                 {k: v for k, v in pg.items() if k not in self._keys[group]} for pg in opt.param_groups
             ]
@@ -147,7 +148,9 @@ class Optimisers:
         by_name = {n: p for p, n in names.items()}
         for name, values in state["parameters"].items():
             if name not in by_name:
-                raise StateError(f"optimiser state of {name!r}: the model has no such parameter; the checkpoint is of another model")
+                raise StateError(
+                    f"optimiser state of {name!r}: the model has no such parameter; resume with the model it belongs to"
+                )
             self._memory[by_name[name]] = dict(values)
         self._counters = {g: [dict(c) for c in cs] for g, cs in state["counters"].items()}
 

@@ -25,7 +25,11 @@ def seed_globals(step: Step, name: str, *, per_rank: bool = False) -> None:
     key = step.key(f"global/{step.turn}/{name}", per_rank=per_rank)
     random.seed(key)
     np.random.seed(key % 2**32)  # libraries that draw from numpy's global generator leave no other way
-    torch.manual_seed(key)
+    torch.default_generator.manual_seed(key)  # torch.manual_seed formats a stack trace for every absent device: 0.6 ms
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(key)
+    elif torch.backends.mps.is_available():
+        torch.mps.manual_seed(key)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
@@ -289,8 +290,9 @@ def resolve_teacher(spec: str | nn.Module, *, student: nn.Module | None = None) 
 
     Args:
         spec: A module (used as given, on the batch as given), or a model spec as the command line takes
-            it: a timm name, a name with ``@weights.safetensors``, a saved folder. A loaded teacher gets
-            the batch in its own normalisation.
+            it: a timm name (with timm's pretrained weights: an untrained teacher teaches nothing), a name
+            with ``@weights.safetensors``, a saved folder. A loaded teacher gets the batch in its own
+            normalisation.
         student: Tells the normalisation of the batch, for a loaded teacher.
 
     Raises:
@@ -306,9 +308,10 @@ def resolve_teacher(spec: str | nn.Module, *, student: nn.Module | None = None) 
             "teacher='self' is not bound to a model; call gossamer.kits.teacher.bind_self(stack, model) before "
             "stack.prepare(model) (gossamer.run does), or pass the teacher as a module"
         )
-    from gossamer.models.build import load_model, preprocessing  # heavy, and only named teachers need it
+    from gossamer.models.build import load_model, preprocessing  # only named teachers need it
 
-    model = load_model(spec)
+    is_bare_name = "@" not in spec and not Path(spec).exists()
+    model = load_model(spec, pretrained=True if is_bare_name else None)
     if student is None:
         return FrozenTeacher(model)
     ours, theirs = preprocessing(student), preprocessing(model)

@@ -68,7 +68,7 @@ def compress(
     source, held = _split(data, evaluation)
     spec = model if isinstance(model, str) else getattr(getattr(model, "gossamer_source", None), "name", "module")
     name, _, weights = spec.partition("@")
-    recipe = Recipe.model_validate(
+    recipe = Recipe.from_dict(
         {
             "name": run_dir.name,
             "model": {"name": name, "weights": weights or None},

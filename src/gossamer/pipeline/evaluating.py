@@ -32,7 +32,7 @@ def evaluate(
     with tempfile.TemporaryDirectory() as scratch:
         graph = graph_for(loaded, runtime, batch, Path(scratch))
         session = engine.load(graph, precision=precision, threads=threads)
-        fixed = session.batch or batch
+        fixed = (session.input_shape or (None,))[0] or batch
         result = runtime_accuracy(session, images, pre, task, fixed)
     return {
         "images": len(result.targets),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +13,10 @@ from gossamer.core.errors import RunError
 from gossamer.core.method import Method
 from gossamer.cost.ledger import cost
 from gossamer.data.sources import ImageSource
-from gossamer.engine.checkpoint import write_json
-from gossamer.engine.distributed import is_main, rank, world_size
+from gossamer.engine.checkpoint import Checkpoints, write_json
+from gossamer.engine.distributed import is_main, rank, world
 from gossamer.engine.loop import Loop
+from gossamer.engine.options import RunOptions
 from gossamer.models.store import load, save
 from gossamer.pipeline.measure import Measured, measure
 from gossamer.pipeline.setup import Setup, check_target, set_up
@@ -66,19 +66,17 @@ def _train(setup: Setup, run_dir: Path, *, resume: bool, progress: bool) -> tupl
     keeper = StageFolder(run_dir, setup.stack)
     if is_main() and not keeper.stages():
         keeper.keep(0, "dense", setup.model, edited=False)
-    loop = Loop(
-        setup.stack,
-        setup.task,
-        setup.loaders,
-        setup.plan,
-        settings=setup.recipe.train,
-        run_dir=run_dir,
-        seed=setup.recipe.seed,
-        identity=setup.recipe.identity(),
+    options = RunOptions(
         resume=resume,
+        identity=setup.recipe.identity(),
         quiet=not progress,
-        on_phase_end=keeper.on_phase_end if is_main() else None,
+        on_phase_end=keeper.on_phase_end,
+        mark_finished=False,  # measuring is part of the run
     )
+    loop = Loop(
+        setup.stack, setup.task, setup.loaders, setup.plan,
+        settings=setup.recipe.train, run_dir=run_dir, seed=setup.recipe.seed, options=options,
+    )  # fmt: skip
     model = loop.run(setup.model).eval()
     if is_main():
         keeper.keep(99, "finished", model)
@@ -123,9 +121,10 @@ def execute(
         GossamerError: Bad input (before anything is computed), or a failure while running.
         RunError: A bound of the target is missed; the finished model and report are kept.
     """
-    setup = set_up(recipe, model=model, methods=methods, sources=sources, rank=rank(), world=world_size())
+    setup = set_up(recipe, model=model, methods=methods, sources=sources, rank=rank(), world=world())
     trained = run_dir / "model" / "model.json"
     keeper = StageFolder(run_dir, setup.stack)
+    Checkpoints(run_dir).open(resume=resume)  # refuses a folder that holds another run before anything is written
     if resume and trained.is_file():
         finished = load(run_dir / "model")
         say("training was finished earlier; measuring")
@@ -134,7 +133,6 @@ def execute(
             _write_inputs(setup, run_dir)
         finished, keeper = _train(setup, run_dir, resume=resume, progress=progress)
         if is_main():
-            write_json(run_dir / "edits.json", _edit_log(setup))
             save(finished, run_dir / "model", stack=setup.stack)
     if not is_main():
         return RunResult(finished, [], run_dir)
@@ -147,17 +145,11 @@ def execute(
     table = [r.row() for r in rows]
     write_summary(setup, finished, keeper, table, run_dir)
     result = RunResult(finished, table, run_dir, build_report([run_dir], run_dir / "report.html"))
+    Checkpoints(run_dir).mark_finished({"images": 0 if setup.evaluation is None else len(setup.evaluation)})
     result.missed = check_target(recipe, _figures(table, "dense"), _figures(table, "finished"))
     if result.missed:
         raise RunError(f"{run_dir}: the target is missed ({'; '.join(result.missed)}); model and report are kept")
     return result
-
-
-def _edit_log(setup: Setup) -> list[dict[str, Any]]:
-    return [
-        {"method": type(setup.stack.methods[i]).__name__, "index": i, "edit": json.loads(json.dumps(e))}
-        for i, e in setup.stack.edits
-    ]
 
 
 def _figures(table: Sequence[dict[str, Any]], name: str) -> dict[str, float]:

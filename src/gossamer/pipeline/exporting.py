@@ -44,7 +44,7 @@ def to_int8(model: nn.Module, images: ImageSource) -> nn.Module:
         images, eval_transform(preprocessing(model)), min(CALIBRATION_IMAGES, len(images)), seed=0, shuffle=True
     )
     plan = Plan([Phase("fit", 0)])
-    loop = Loop(stack, Classification(), {"train": loader, "calibration": loader}, plan, seed=0)
+    loop = Loop(stack, Classification(), {"train": loader, "calibration": loader}, plan)
     return loop.run(copy.deepcopy(model)).eval()
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-import torch
-
 from gossamer.cost.ledger import cost
-from gossamer.engine.planning import describe_plan
+from gossamer.engine.planning import describe_plan, estimate
 from gossamer.pipeline.setup import set_up
 from gossamer.recipe import Recipe
 
@@ -18,30 +15,21 @@ __all__ = ["describe"]
 def describe(recipe: Recipe) -> dict[str, Any]:
     """Return phases, turns, groups, edits, dense cost, estimated seconds and bytes on disk.
 
-    The time is an estimate: one timed forward pass of a batch, three times that per training step.
+    The time is an estimate: one timed step of every kind; what a method's own work takes is not known.
     """
     setup = set_up(recipe)
     dense = cost(setup.dense)
-    x = torch.zeros(recipe.train.batch_size, *setup.preprocessing.size)
-    with torch.inference_mode():
-        setup.dense(x)
-        start = time.perf_counter()
-        setup.dense(x)
-        forward = time.perf_counter() - start
     model = setup.stack.prepare(setup.model)
-    plan = setup.stack.phases(setup.plan)
-    steps = sum(p.steps for p in plan if p.work is None)
-    images = 0 if setup.evaluation is None else len(setup.evaluation)
-    rows = 2 + 2 * len(setup.stack.methods)
-    weights = 4 * dense.params
+    phases = describe_plan(model, setup.stack, setup.plan)
+    loaders = {name: setup.stack.loader(name, loader) for name, loader in setup.loaders.items()}
+    guess = estimate(model, setup.stack, setup.stack.phases(setup.plan), setup.task.loss, loaders)
     return {
         "name": recipe.name,
         "order": [type(m).__name__ for m in setup.stack.methods],
-        "phases": describe_plan(model, setup.stack, plan),
-        "edits": [
-            {"method": type(setup.stack.methods[i]).__name__, "edit": e} for i, e in setup.stack.edits
-        ],
+        "phases": phases,
+        "edits": [{"method": type(setup.stack.methods[i]).__name__, "edit": e} for i, e in setup.stack.edits],
         "cost": {"macs": dense.macs, "bops": dense.bops, "params": dense.params, "weight_bytes": dense.weight_bytes},
-        "estimated_seconds": round(steps * 3 * forward + rows * images * forward / recipe.train.batch_size, 1),
-        "estimated_disk_bytes": weights * (2 + 3 * 2 + rows),
-    }  # fmt: skip
+        "estimated_seconds": guess["seconds"],
+        "estimated_seconds_known": guess["seconds_known"],
+        "estimated_disk_bytes": guess["disk_bytes"],
+    }

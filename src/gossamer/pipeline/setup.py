@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from gossamer.core import registry
 from gossamer.core.errors import RecipeError
 from gossamer.core.method import Method
-from gossamer.core.registry import build
-from gossamer.core.schedule import Loader, Phase, Plan
+from gossamer.core.schedule import Loader, Plan
 from gossamer.core.stack import Stack
 from gossamer.cost.budget import Budget
-from gossamer.data.loading import StepLoader
+from gossamer.data.loading import Mixing, StepLoader
 from gossamer.data.sources import ImageSource, open_data
 from gossamer.data.transforms import eval_transform, train_transform
 from gossamer.kits.teacher import bind_self
@@ -57,15 +58,13 @@ class Setup:
 
 def _methods(recipe: Recipe) -> list[Method]:
     """Build the recipe's methods; a target on MACs is handed to every method that takes ``macs`` and has none."""
-    target = recipe.target.model_dump(exclude_none=True) if recipe.target else {}
+    macs = recipe.target.macs if recipe.target else None
     built = []
-    for name, options in recipe.method_items():
-        filled = dict(options)
-        fields = getattr(build(name, filled), "__dataclass_fields__", {})
-        for key in ("macs",):
-            if key in target and key in fields and key not in filled:
-                filled[key] = target[key]
-        built.append(build(name, filled))
+    for entry in recipe.methods:
+        for name, options in entry.items():
+            takes = any(f.name == "macs" for f in dataclasses.fields(registry.find(name)))  # type: ignore[arg-type]
+            given = {"macs": macs} if macs is not None and takes else {}
+            built.append(registry.build(name, {**given, **options}))
     return built
 
 
@@ -73,13 +72,6 @@ def _source(spec: Any) -> ImageSource | None:
     if spec is None or not isinstance(spec, str):
         return spec
     return open_data(spec)
-
-
-def _steps(recipe: Recipe, images: int) -> int:
-    train = recipe.train
-    if train.steps is not None:
-        return train.steps
-    return int(round((train.epochs or 0) * images / train.batch_size))
 
 
 def set_up(
@@ -118,32 +110,35 @@ def set_up(
     train = given.get("train") or _source(recipe.data.train)
     evaluation = given.get("eval") or _source(recipe.data.eval)
     calibration = given.get("calibration") or _source(recipe.data.calibration) or train
-    steps = _steps(recipe, len(train)) if train is not None else 0
-    if steps and train is None:
+    if train is None and (recipe.train.steps or recipe.train.epochs):
         raise RecipeError("data.train: nothing given, but train.steps or train.epochs ask for training; name images")
     task = Classification(label_smoothing=recipe.data.smoothing)
-    loaders: dict[str, Loader] = {}
-    common = {"seed": recipe.seed, "workers": recipe.data.workers, "rank": rank, "world": world}
-    if train is not None:
-        task.check_classes(train, model)
-        transform = train_transform(pre, recipe.data.augment)
-        mix = {"mixup": recipe.data.mixup, "cutmix": recipe.data.cutmix, "smoothing": recipe.data.smoothing}
-        loaders["train"] = StepLoader(
-            train, transform, recipe.train.batch_size, shuffle=True, mixing=mix, num_classes=task.num_classes, **common
-        )
-    if evaluation is not None:
-        task.check_classes(evaluation, model)
-    if calibration is not None:
-        # calibration sees images as deployment will: no augmentation, no labels used
-        loaders["calibration"] = StepLoader(
-            calibration, eval_transform(pre), min(recipe.train.batch_size, len(calibration)), shuffle=True, **common
-        )
-    plan = Plan(
-        [Phase("fit", steps, schedule=recipe.train.schedule, warmup=recipe.train.warmup,
-               min_lr_ratio=recipe.train.min_lr_ratio)]
-    )  # fmt: skip
-    loaders = {name: stack.loader(name, loader) for name, loader in loaders.items()}
+    for source in (train, evaluation):
+        if source is not None:
+            task.check_classes(source, model)
+    loaders = _loaders(recipe, pre, task, train, calibration, rank, world)
+    plan = Plan([recipe.train.fit_phase(len(train) if train is not None else 0, world)])
     return Setup(recipe, model, dense, stack, task, pre, loaders, evaluation, plan)
+
+
+def _loaders(  # noqa: PLR0913 - the parts of a run come together here
+    recipe: Recipe, pre: Preprocessing, task: Classification, train: ImageSource | None,
+    calibration: ImageSource | None, rank: int, world: int,
+) -> dict[str, Loader]:  # fmt: skip
+    loaders: dict[str, Loader] = {}
+    data, batch = recipe.data, recipe.train.batch_size * world
+    common = {"seed": recipe.seed, "workers": data.workers, "rank": rank, "world": world}
+    if train is not None:
+        mixing = Mixing(mixup=data.mixup, cutmix=data.cutmix, smoothing=data.smoothing)
+        transform = train_transform(pre, data.augment)
+        loaders["train"] = StepLoader(
+            train, transform, batch, mixing=mixing, num_classes=task.num_classes, **common  # type: ignore[arg-type]
+        )
+    if calibration is not None:
+        # calibration sees images as deployment will: no augmentation; every rank reads the same ones
+        fitting = min(recipe.train.batch_size, len(calibration))
+        loaders["calibration"] = StepLoader(calibration, eval_transform(pre), fitting, seed=recipe.seed)
+    return loaders
 
 
 def check_target(recipe: Recipe, dense: dict[str, float], finished: dict[str, float]) -> list[str]:

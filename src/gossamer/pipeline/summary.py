@@ -12,7 +12,7 @@ from torch import nn
 from gossamer.engine.checkpoint import write_json
 from gossamer.pipeline.setup import Setup
 from gossamer.pipeline.stages import StageFolder
-from gossamer.report.photos import photo_maps
+from gossamer.pipeline.photos import photo_maps
 
 __all__ = ["curves", "write_summary"]
 
@@ -73,7 +73,7 @@ def write_summary(
         for key in ("tokens", "quantization"):
             if parts.get(key):
                 merged[key] = parts[key]
-    photos = photo_maps(keeper.stages(), setup.evaluation, setup.preprocessing) if setup.evaluation else []
+    photos = photo_maps(finished, setup.dense, setup.evaluation, setup.preprocessing, run_dir)
     content = {
         "title": setup.recipe.name,
         "summary": _facts(table),
@@ -83,6 +83,11 @@ def write_summary(
         "curves": curves(run_dir / "metrics.jsonl"),
         "methods": described,
         "photos": photos,
+        "failed": [
+            {"name": name, "reason": reason}
+            for source in (setup.evaluation, *(getattr(v, "source", None) for v in setup.loaders.values()))
+            for name, reason in (source.failed if source is not None else ())
+        ],
         **merged,
     }
     path = run_dir / "report.json"

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from gossamer.report.page import build_report
+from gossamer.report.build import build_report
 
 __all__ = ["build_report"]

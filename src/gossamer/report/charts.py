@@ -34,7 +34,7 @@ def tokens(data: Mapping[str, Any]) -> Markup:
     pruned, merged = data.get("pruned") or [], data.get("merged") or []
 
     def draw(width: int, height: int, cls: str) -> Markup:
-        frame = Frame(width, height, left=40, right=4, top=26, bottom=38)
+        frame = Frame(width, height, left=40, right=4, top=36, bottom=38)
         y = frame.y(0, nice_ticks(0, dense, 4)[-1])
         step = (width - frame.left - frame.right) / len(kept)
         bar = min(46.0, step * 0.74)
@@ -62,14 +62,15 @@ def tokens(data: Mapping[str, Any]) -> Markup:
 
 def _bits_panel(rows: Sequence[Mapping[str, Any]], x: Scale, bar: float, y: Scale) -> Markup:
     body = Markup("")
+    radius = max(1.6, min(3.2, bar / 2))
     for bits in sorted({int(r[k]) for r in rows for k in ("bits_w", "bits_a") if is_number(r.get(k))}):
         body += el("line", x1=x.start, x2=x.end, y1=y(bits), y2=y(bits), cls="grid")
         body += text(x.start - 8, y(bits) + 4, str(bits), "tick", "end")
     for i, r in enumerate(rows):
         if is_number(r.get("bits_w")):
-            body += el("rect", x=x(i), y=y(r["bits_w"]) - 3, width=bar, height=6, rx=1.5, cls="bits-w")
+            body += el("rect", x=x(i), y=y(r["bits_w"]) - 7, width=bar, height=6, rx=1.5, cls="bits-w")
         if is_number(r.get("bits_a")):
-            body += el("circle", cx=x(i) + bar / 2, cy=y(r["bits_a"]), r=max(1.6, min(3.2, bar / 2)), cls="bits-a")
+            body += el("circle", cx=x(i) + bar / 2, cy=y(r["bits_a"]) + 4.5, r=radius, cls="bits-a")
     return body
 
 
@@ -130,7 +131,8 @@ def curve(row: Mapping[str, Any]) -> Markup:
     y, x = frame.y(ticks[0], ticks[-1]), frame.x(pairs[0][0], max(pairs[-1][0], pairs[0][0] + 1))
     points = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in pairs)
     last = pairs[-1]
-    tip = f"{row.get('term', 'loss')}\nfirst {pairs[0][1]:.4g}, lowest {low:.4g}, last {last[1]:.4g}\n{len(pairs)} steps"
+    seen = f"first {pairs[0][1]:.4g}, lowest {low:.4g}, last {last[1]:.4g}"
+    tip = f"{row.get('term', 'loss')}\n{seen}\n{len(pairs)} steps"
     body = frame.y_axis(y, ".4g", 3) + frame.x_axis(x, "g", 3)
     body += el("polyline", points=points, cls="curve") + el("circle", cx=x(last[0]), cy=y(last[1]), r=3, cls="end")
     body += el("rect", x=0, y=0, width=width, height=height, cls="hit", data_tip=tip, tabindex=0, role="img",

@@ -5,10 +5,28 @@ from __future__ import annotations
 import math
 from typing import Any
 
-__all__ = ["as_bytes", "as_count", "as_ms", "as_percent", "as_ratio", "as_share", "is_number", "nice_ticks"]
+__all__ = [
+    "as_bytes",
+    "as_count",
+    "as_ms",
+    "as_percent",
+    "as_ratio",
+    "as_share",
+    "is_number",
+    "nice_ticks",
+    "runtime_name",
+]
 
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+RUNTIMES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime", "torch": "PyTorch"}
+
+
+def runtime_name(name: Any) -> str:
+    """Return a runtime's name as its makers write it; unknown names pass unchanged."""
+    return RUNTIMES.get(str(name or ""), str(name or ""))
 
 
 def is_number(value: Any) -> bool:
@@ -47,7 +65,7 @@ def as_share(value: float) -> float:
 
 def as_percent(share: float, digits: int = 1) -> str:
     """Return a share in [0, 1] as a percentage with a proper minus sign."""
-    return f"{100 * share:.{digits}f}".replace("-", MINUS) + " %"
+    return f"{100 * share:.{digits}f}".replace("-", MINUS) + "\N{NARROW NO-BREAK SPACE}%"
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:

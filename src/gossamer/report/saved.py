@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gossamer.report.numbers import as_percent, as_ratio, as_share, is_number
+from gossamer.report.numbers import as_percent, as_ratio, as_share, is_number, runtime_name
 
 __all__ = ["Row", "dense_row", "figures", "finished_row", "latency", "sentence"]
 
@@ -20,7 +20,8 @@ def dense_row(table: Sequence[Row]) -> Row | None:
 def finished_row(table: Sequence[Row]) -> Row | None:
     """Return the row that ships: the one marked ``final``, else the last with a latency."""
     marked = [r for r in table if r.get("final")]
-    return (marked or [r for r in table if r.get("latency")] or list(table) or [None])[-1]
+    found = marked or [r for r in table if r.get("latency")] or list(table)
+    return found[-1] if found else None
 
 
 def latency(row: Row) -> tuple[str, Mapping[str, Any]] | None:
@@ -36,15 +37,17 @@ def _less(row: Row, dense: Row, key: str) -> float | None:
 
 def _speed(row: Row) -> str:
     timed = latency(row)
-    if timed is None or not is_number(timed[1].get("ratio_fp32")):
+    if timed is None:
         return ""
     batch, t = timed
-    ratio = t["ratio_fp32"]
-    runtime = row.get("runtime") or "the runtime"
+    ratio: Any = t.get("ratio_fp32")
+    if not is_number(ratio):
+        return ""
+    runtime = runtime_name(row.get("runtime")) or "the runtime"
     text = f"In {runtime} at batch {batch} it runs {as_ratio(ratio)} as fast as the dense fp32 graph"
     if ratio < 1.0:
         text = f"In {runtime} at batch {batch} it is slower than the dense fp32 graph ({as_ratio(ratio)})"
-    best = t.get("ratio_best_dense")
+    best: Any = t.get("ratio_best_dense")
     if is_number(best):
         versus = "" if best >= 1.0 else ", so the dense model in that precision is the faster choice"
         text += f" and {as_ratio(best)} as fast as the best dense precision{versus}"
@@ -76,13 +79,16 @@ def figures(table: Sequence[Row]) -> list[tuple[str, str, str]]:
         return []
     found: list[tuple[str, str, str]] = []
     timed = latency(done)
-    if timed and is_number(timed[1].get("ratio_fp32")):
-        found.append((as_ratio(timed[1]["ratio_fp32"]), "dense fp32 speed", f"batch {timed[0]}, {done.get('runtime')}"))
-    if timed and is_number(timed[1].get("ratio_best_dense")):
-        found.append((as_ratio(timed[1]["ratio_best_dense"]), "best dense precision", f"batch {timed[0]}, same runtime"))
+    if timed:
+        batch, t = timed
+        where = (f"batch {batch}, {runtime_name(done.get('runtime'))}", f"batch {batch}, same runtime")
+        names = (("ratio_fp32", "dense fp32 speed"), ("ratio_best_dense", "best dense precision"))
+        for (ratio, name), remark in zip(names, where, strict=True):
+            if is_number(t.get(ratio)):
+                found.append((as_ratio(t[ratio]), name, remark))
     for key, name in (("macs", "MACs left"), ("file_bytes", "file size left")):
         less = _less(done, dense, key)
-        if less is not None:
+        if less is not None and abs(less) > 0.005:
             found.append((as_percent(1 - less, 0), name, "of the dense model"))
     if is_number(done.get("top1")) and is_number(dense.get("top1")):
         drop = 100 * (as_share(done["top1"]) - as_share(dense["top1"]))

@@ -17,7 +17,6 @@ from gossamer.runtimes.session import OpClock, OpTime, Runtime, Session, first_l
 __all__ = ["OpenVINO", "OpenVINOSession", "import_openvino"]
 
 _TELEMETRY = "openvino_telemetry"
-_HINTS = {"f32": "f32", "bf16": "bf16"}
 _PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution", "Deconvolution", "GroupConvolution"})
 _FUSED = frozenset({"Subgraph", "ScaledDotProductAttention", "SDPA", "MHA", "QKVProjection", "LLMMLP"})
 _PRODUCT_NAME = re.compile(r"matmul|attention|bmm|einsum", re.IGNORECASE)
@@ -43,7 +42,7 @@ def import_openvino() -> ModuleType:
                 sys.modules[_TELEMETRY] = hidden
     module = importlib.import_module("openvino")
     reporter = getattr(sys.modules.get("openvino.tools.ovc"), "telemetry", None)
-    if hasattr(reporter, "consent"):
+    if reporter is not None and hasattr(reporter, "consent"):
         reporter.consent = False
     return module
 
@@ -53,20 +52,38 @@ def _arithmetic(kernel: str) -> str:
     return _SAME.get(found[1], found[1]) if found else ""
 
 
+def _product_nodes(model: Any, compiled: Any) -> frozenset[str]:
+    """Return the nodes of the compiled graph that hold a matrix product or convolution.
+
+    Fused groups ("Subgraph") do not tell their kind: they count if one of the operators they were
+    made of was a product in the graph as read.
+    """
+    named = {op.get_friendly_name() for op in model.get_ops() if op.get_type_name() in _PRODUCTS}
+    found = set()
+    for op in compiled.get_runtime_model().get_ops():
+        facts = op.get_rt_info()
+        kind, parts = facts["layerType"].value, facts["originalLayersNames"].value.split(",")
+        if kind in _PRODUCTS or (
+            kind in _FUSED and any(part in named or _PRODUCT_NAME.search(part) is not None for part in parts)
+        ):
+            found.add(op.get_friendly_name())
+    return frozenset(found)
+
+
 class OpenVINOSession(Session):
     """A graph compiled for the CPU, one stream."""
 
     runtime = "openvino"
 
-    def __init__(self, compiled: Any, where: str, threads: int, clock: OpClock | None) -> None:
+    def __init__(self, compiled: Any, where: str, threads: int, products: frozenset[str] | None) -> None:
+        """Wrap a compiled graph; ``products`` are the nodes that multiply matrices, if it is to be profiled."""
         self.where, self.threads = where, threads
-        self.precision = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}.get(
-            str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string()), "f32"
-        )
+        self.precision = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         self.input_shape = tuple(d.get_length() if d.is_static else None for d in compiled.input(0).partial_shape)
         self._compiled = compiled
         self._request = compiled.create_infer_request()
-        self._clock = clock
+        self._products = products
+        self._clock = None if products is None else OpClock()
 
     def _run(self, x: np.ndarray) -> np.ndarray:
         out = self._request.infer({0: x}, share_inputs=True, share_outputs=True)[0]
@@ -80,9 +97,7 @@ class OpenVINOSession(Session):
             ms = op.real_time.total_seconds() * 1e3
             if str(op.status).endswith("EXECUTED") and ms > 0:
                 kernel = op.exec_type.lower()
-                product = op.node_type in _PRODUCTS or (
-                    op.node_type in _FUSED and _PRODUCT_NAME.search(op.node_name) is not None
-                )
+                product = op.node_name in (self._products or ())
                 ops.append(OpTime(op.node_name, op.node_type, kernel, _arithmetic(kernel), ms, product))
         return ops
 
@@ -111,10 +126,11 @@ class OpenVINO(Runtime):
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "PERF_COUNT": profile,
-            "INFERENCE_PRECISION_HINT": _HINTS[precision or self.precisions()[-1]],
+            "INFERENCE_PRECISION_HINT": precision or self.precisions()[-1],
         }
         try:
-            compiled = core.compile_model(core.read_model(str(path)), "CPU", options)
+            model = core.read_model(str(path))
+            compiled = core.compile_model(model, "CPU", options)
         except Exception as err:
             raise ModelError(f"openvino cannot load {path}: {first_line(err)}") from err
-        return OpenVINOSession(compiled, path.name, threads, OpClock() if profile else None)
+        return OpenVINOSession(compiled, path.name, threads, _product_nodes(model, compiled) if profile else None)

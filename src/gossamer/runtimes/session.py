@@ -15,7 +15,7 @@ import numpy as np
 from gossamer.core.errors import ModelError, RecipeError, StateError, nearest
 from gossamer.runtimes.device import best_dense_precisions
 
-__all__ = ["OpClock", "OpTime", "Runtime", "Session", "int8_share"]
+__all__ = ["OpClock", "OpTime", "Runtime", "Session", "first_line", "int8_share"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class OpTime:
         type: Operator type (``"FullyConnected"``, ``"QLinearMatMul"``, ``"aten::addmm"``).
         kernel: Kernel that ran (``"brgemm_avx512_i8"``); the type where the runtime does not tell.
         precision: Arithmetic it ran in: ``"i8"``, ``"bf16"``, ``"f16"``, ``"f32"``; ``""`` if not told.
+            A fused group is as wide as its widest input, so a share of int8 is never overstated.
         ms: Mean milliseconds per run.
         product: Whether it is a matrix product or convolution (or a fused group that holds one).
     """
@@ -92,7 +93,7 @@ class Session(ABC):
         runtime: Name of the runtime.
         precision: Dense precision in use; int8 parts of a graph run as int8 under any.
         threads: Number of threads.
-        input_shape: Shape of the input, ``None`` for a free dimension and for the torch runtime as a whole.
+        input_shape: Shape of the input, ``None`` for a free dimension (and as a whole where any shape goes).
         where: What was loaded, for messages.
     """
 
@@ -212,6 +213,6 @@ class Runtime(ABC):
 
 
 def first_line(error: Exception, limit: int = 300) -> str:
-    """Return the last sentence-like line of a runtime's error, for a one-line message."""
+    """Return the last line of a runtime's error, for a one-line message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:limit]

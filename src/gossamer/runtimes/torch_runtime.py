@@ -13,7 +13,7 @@ from torch import nn
 from gossamer.core.errors import ModelError, StateError
 from gossamer.runtimes.session import OpClock, OpTime, Runtime, Session
 
-__all__ = ["Torch", "TorchSession"]
+__all__ = ["Torch", "TorchSession", "evaluating"]
 
 _INT8_PRODUCTS = ("aten::_int_mm", "quantized::linear", "quantized::conv", "onednn::qlinear", "onednn::qconv")
 _PRODUCTS = (
@@ -41,7 +41,8 @@ def _pinned(threads: int) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` into evaluation mode and restore every module's mode afterwards."""
     training = [m for m in model.modules() if m.training] if model.training else []
     model.eval()
     try:
@@ -65,7 +66,7 @@ class TorchSession(Session):
     def _run(self, x: np.ndarray) -> np.ndarray:
         with ExitStack() as stack:
             stack.enter_context(_pinned(self.threads))
-            stack.enter_context(_evaluating(self._model))
+            stack.enter_context(evaluating(self._model))
             stack.enter_context(torch.inference_mode())
             stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"))
             if self._clock is None:

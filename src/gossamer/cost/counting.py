@@ -1,0 +1,175 @@
+"""One forward pass under torch's own counter: every product with its module, MACs and bit widths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+__all__ = ["Product", "Trace", "saved_bytes", "trace"]
+
+_CONVOLUTIONS = frozenset({torch.ops.aten.convolution, torch.ops.aten._convolution})
+
+
+@dataclass(frozen=True)
+class Product:
+    """One executed matrix product, convolution or fused attention.
+
+    Attributes:
+        module: Innermost module that ran it.
+        op: Name of the operator (``"aten.addmm"``).
+        macs: Multiply-accumulates for the whole batch.
+        weighted: Whether one operand is a weight; else both are activations.
+    """
+
+    module: nn.Module
+    op: str
+    macs: int
+    weighted: bool
+
+
+@dataclass
+class Trace:
+    """What one forward pass did.
+
+    Attributes:
+        products: Executed products, in order.
+        output_bytes: Bytes that each childless module put out, by module; views and in-place
+            results of its input count 0.
+        peak_bytes: Largest sum of input and output bytes of one childless module.
+    """
+
+    products: list[Product] = field(default_factory=list)
+    output_bytes: dict[nn.Module, int] = field(default_factory=dict)
+    peak_bytes: int = 0
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _storage(x: Tensor) -> int:
+    """Return what identifies the memory of ``x``; valid while that memory is held."""
+    return x.untyped_storage()._cdata
+
+
+def _num_bytes(tensors: Sequence[Tensor]) -> int:
+    """Return the bytes of the values of ``tensors``, each memory counted once."""
+    unique = {_storage(x): x for x in tensors}
+    return sum(x.numel() * x.element_size() for x in unique.values())
+
+
+class _Stack:
+    """The modules that are running, outermost first, and what their calls put out."""
+
+    def __init__(self, root: nn.Module, found: Trace) -> None:
+        self.running: list[nn.Module] = [root]
+        self._known = set(root.modules())
+        self._found = found
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        self.running.append(module)
+
+    def leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        self.running.pop()
+        if module not in self._known or next(module.children(), None) is not None:
+            return
+        given, made = list(_tensors(args)), list(_tensors(out))
+        old = {_storage(x) for x in given}
+        size = _num_bytes([x for x in made if _storage(x) not in old])
+        self._found.output_bytes[module] = self._found.output_bytes.get(module, 0) + size
+        self._found.peak_bytes = max(self._found.peak_bytes, _num_bytes(given) + size)
+
+    @property
+    def innermost(self) -> nn.Module:
+        return next(m for m in reversed(self.running) if m in self._known)
+
+
+def _recorder(op: Any, formula: Callable[..., int], stack: _Stack, weights: set[int], found: Trace) -> Any:
+    def record(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        flops = formula(*args, out_val=out_val, **kwargs)
+        module = stack.innermost
+        weighted = (
+            hasattr(module, "weight_bits")
+            or op in _CONVOLUTIONS
+            or any(_storage(x) in weights for x in _tensors([args, kwargs]))
+        )
+        found.products.append(Product(module, str(op), flops // 2, weighted))
+        return flops
+
+    record._get_raw = True  # type: ignore[attr-defined]  # torch then hands over tensors, not shapes
+    return record
+
+
+@contextmanager
+def _tracked(stack: _Stack) -> Iterator[None]:
+    handles = [
+        register_module_forward_pre_hook(stack.enter),
+        register_module_forward_hook(stack.leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
+    """Run ``model(*inputs)`` once without gradients, as it stands, and return what it did.
+
+    Products are whatever ``torch.utils.flop_counter`` knows (including what was added to it by
+    ``register_flop_formula``); a module that runs no product of its own appears in none.
+    """
+    found = Trace()
+    stack = _Stack(model, found)
+    weights = {_storage(x) for x in (*model.parameters(), *model.buffers())}
+    mapping = {op: _recorder(op, formula, stack, weights, found) for op, formula in flop_registry.items()}
+    with torch.no_grad(), _tracked(stack), FlopCounterMode(display=False, custom_mapping=mapping):
+        model(*inputs)
+    return found
+
+
+def saved_bytes(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
+    """Return the bytes that a training forward pass keeps for the backward pass.
+
+    Every memory is counted once and by its whole size; parameters and buffers are left out. Modes, buffers
+    and torch's random state are as before afterwards.
+    """
+    own = {_storage(x) for x in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if _storage(x) not in own:
+            kept[_storage(x)] = x.detach()
+        return x
+
+    modes = {m: m.training for m in model.modules()}
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    try:
+        model.train()
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+        ):
+            model(*inputs)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(before[name])
+    return sum(x.untyped_storage().nbytes() for x in kept.values())

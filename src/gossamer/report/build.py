@@ -1,0 +1,204 @@
+"""Renders run folders to one HTML file that needs nothing but a browser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from gossamer.core.errors import StateError
+from gossamer.report import charts, saved, table
+from gossamer.report.numbers import as_ms, as_percent, is_number, runtime_name
+from gossamer.report.scatter import accuracy_latency
+from gossamer.report.source import RunData, image_uri, read_run
+
+__all__ = ["build_report", "render"]
+
+
+def _asset(name: str) -> str:
+    return resources.files("gossamer.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Return nested JSON as (dotted name, text) pairs."""
+    if isinstance(value, Mapping):
+        return [pair for k, v in value.items() for pair in _flat(v, f"{prefix}.{k}" if prefix else str(k))]
+    if isinstance(value, list | tuple):
+        return [(prefix, ", ".join(str(v) for v in value))] if value else []
+    return [] if value is None else [(prefix, f"{value:g}" if isinstance(value, float) else str(value))]
+
+
+def _scatter(rows: Sequence[saved.Row], prefix: str) -> dict[str, Any] | None:
+    pictures = []
+    names: list[str] = []
+    for batch in table.batches(rows):
+        found, names = table.points(rows, batch, prefix)
+        if found:
+            label = f"Top-1 accuracy against median latency at batch {batch}; the table below holds the same figures"
+            pictures.append((batch, accuracy_latency(found, label)))
+    return {"pictures": pictures, "series": names} if pictures else None
+
+
+def _results(rows: Sequence[saved.Row], prefix: str) -> dict[str, Any] | None:
+    if not rows:
+        return None
+    heads = table.columns(rows)
+    return {"columns": heads, "rows": table.rows(rows, heads, prefix), "scatter": _scatter(rows, prefix)}
+
+
+def _grid(block: Any, index: int, photo: Mapping[str, Any]) -> dict[str, Any]:
+    grid = block.get("grid", block.get("groups")) if isinstance(block, Mapping) else block
+    name = str(block.get("block", index)) if isinstance(block, Mapping) else str(index)
+    flat = [int(v) for row in grid for v in (row if isinstance(row, list | tuple) else [row])] if grid else []
+    rows = len(grid) if grid and isinstance(grid[0], list | tuple) else round(len(flat) ** 0.5)
+    if not flat or rows * (len(flat) // max(rows, 1)) != len(flat):
+        raise StateError(
+            f"photo {photo.get('name')!r}, block {name}: {len(flat)} patches form no grid; "
+            f"expected rows of group ids, or a square number of them"
+        )
+    return {"name": name, "cols": len(flat) // rows, "ids": flat}
+
+
+def _photos(data: RunData, folder: Path) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": str(p.get("name", "")),
+            "label": str(p.get("label") or ""),
+            "dense": p.get("dense"),
+            "finished": p.get("finished"),
+            "uri": image_uri(str(p["image"]), folder),
+            "grids": [_grid(b, i, p) for i, b in enumerate(p.get("blocks") or [])],
+        }
+        for p in data.get("photos") or []
+        if p.get("image")
+    ]
+
+
+def _profiles(data: RunData) -> list[dict[str, Any]]:
+    """Return per-runtime operator tables, slowest first, with each row's share of the time."""
+    given = data.get("profile") or []
+    if isinstance(given, Mapping):
+        given = [{"runtime": name, "ops": ops} for name, ops in given.items()]
+    out = []
+    for entry in given:
+        ops = [o for o in entry.get("ops") or [] if is_number(o.get("ms"))]
+        total = sum(o["ms"] for o in ops)
+        shown = [
+            {**o, "share": o["ms"] / total, "percent": as_percent(o["ms"] / total), "ms": as_ms(o["ms"])}
+            for o in sorted(ops, key=lambda o: -o["ms"])
+            if total
+        ]
+        title = " · ".join(runtime_name(entry[k]) for k in ("runtime", "stage") if entry.get(k))
+        if shown:
+            counted = any(o.get("count") for o in shown)
+            out.append({"title": title, "ops": shown, "total": as_ms(total), "counted": counted})
+    return out
+
+
+def _methods(data: RunData) -> list[dict[str, Any]]:
+    out = []
+    for name, about in (data.get("methods") or {}).items():
+        tables = []
+        for t in about.get("tables") or []:
+            rows = t.get("rows") or []
+            heads = t.get("columns") or (list(rows[0]) if rows and isinstance(rows[0], Mapping) else [])
+            cells = [[r.get(h, "") for h in heads] if isinstance(r, Mapping) else r for r in rows]
+            text = [[f"{c:.4g}" if isinstance(c, float) else str(c) for c in row] for row in cells]
+            if text:
+                tables.append({"title": t.get("title", ""), "columns": heads, "rows": text})
+        facts = _flat(about.get("facts") or {})
+        if tables or facts:
+            out.append({"name": name, "facts": facts, "tables": tables})
+    return out
+
+
+def _curves(data: RunData) -> list[tuple[str, list[tuple[str, Markup]]]]:
+    phases: dict[str, list[tuple[str, Markup]]] = {}
+    for row in data.get("curves") or []:
+        drawn = charts.curve(row)
+        if drawn:
+            phases.setdefault(str(row.get("phase", "fit")), []).append((str(row.get("term", "loss")), drawn))
+    return list(phases.items())
+
+
+def _run(data: RunData, folder: Path, prefix: str) -> dict[str, Any]:
+    rows = data.get("table") or []
+    tokens = data.get("tokens") or {}
+    return {
+        "id": prefix,
+        "title": data["title"],
+        "folder": data["folder"],
+        "sentence": saved.sentence(rows),
+        "figures": saved.figures(rows),
+        "facts": _flat(data.get("summary") or {}),
+        "results": _results(rows, prefix),
+        "tokens": charts.tokens(tokens),
+        "schedule": tokens.get("schedule") or "",
+        "photos": _photos(data, folder),
+        "layers": charts.layers(data.get("quantization") or []),
+        "layer_rows": data.get("quantization") or [],
+        "curves": _curves(data),
+        "profiles": _profiles(data),
+        "methods": _methods(data),
+        "failed": data.get("failed") or [],
+        "environment": _flat(data.get("environment") or {}),
+        "recipe": data.get("recipe") or "",
+    }
+
+
+def _compared(runs: Sequence[RunData]) -> dict[str, Any] | None:
+    """Return the joint table of several runs: every row, with the name of its run."""
+    if len(runs) < 2:
+        return None
+    names = [str(r["title"]) for r in runs]
+    if len(set(names)) < len(names):
+        names = [f"{n} ({r['folder']})" for n, r in zip(names, runs, strict=True)]
+    named = zip(names, runs, strict=True)
+    return _results([{**row, "run": n} for n, r in named for row in r.get("table") or []], "all")
+
+
+def render(runs: Sequence[tuple[RunData, Path]]) -> str:
+    """Return the page of one or several runs given as (data, run folder)."""
+    strict = jinja2.StrictUndefined
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=strict)
+    parts = [_run(data, folder, f"r{i}") for i, (data, folder) in enumerate(runs)]
+    pictures = {r["id"]: [p["grids"] for p in r["photos"]] for r in parts}
+    title = parts[0]["title"] if len(parts) == 1 else f"{len(parts)} runs compared"
+    return environment.from_string(_asset("page.html")).render(
+        title=title,
+        runs=parts,
+        compared=_compared([data for data, _ in runs]),
+        pictures=pictures,
+        style=Markup(_asset("page.css")),
+        script=Markup(_asset("page.js")),
+        version=metadata.version("gossamer"),
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def build_report(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Write one self-contained HTML page about one or several runs.
+
+    Args:
+        run_dirs: Run folders; several are compared.
+        out: The HTML file to write.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        StateError: No folder was given, or one holds nothing to report.
+    """
+    if not run_dirs:
+        raise StateError("report: got no run folder; pass at least one")
+    folders = [Path(d) for d in run_dirs]
+    html = render([(read_run(folder), folder) for folder in folders])
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(html, encoding="utf-8")
+    return out

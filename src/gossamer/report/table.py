@@ -1,0 +1,149 @@
+"""Lays out the result table and the points of the accuracy-against-latency picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gossamer.report.numbers import as_bytes, as_count, as_ms, as_percent, as_ratio, as_share, is_number, runtime_name
+from gossamer.report.saved import Row
+from gossamer.report.scatter import Point
+
+__all__ = ["Cell", "Column", "batches", "columns", "points", "rows"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: what is shown, a second smaller line, what it sorts by, a style class."""
+
+    shown: str = ""
+    small: str = ""
+    sort: str = ""
+    cls: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column head; ``help`` is its tooltip."""
+
+    key: str
+    name: str
+    small: str = ""
+    help: str = ""
+    numeric: bool = True
+
+
+RATIOS = {"fp32": "ratio_fp32", "best": "ratio_best_dense"}
+PLAIN = (
+    Column("run", "Run", numeric=False),
+    Column("stage", "Stage", numeric=False),
+    Column("runtime", "Runtime", numeric=False),
+    Column("precision", "Precision", numeric=False),
+    Column("macs", "MACs", help="Multiply-accumulates for one image, as the graph executes them"),
+    Column("params", "Params", help="Parameters"),
+    Column("file_bytes", "File", help="Size of the exported model on disk"),
+    Column("top1", "Top-1", "interval", "Accuracy in this runtime, with its 95 % interval"),
+    Column("agreement", "Agreement", help="Images with the same answer as the dense model"),
+)
+
+
+def batches(table: Sequence[Row]) -> list[str]:
+    """Return the measured batch sizes, smallest first."""
+    return sorted({str(b) for r in table for b in (r.get("latency") or {})}, key=float)
+
+
+def columns(table: Sequence[Row]) -> list[Column]:
+    """Return the columns that have data."""
+    found = [c for c in PLAIN if any(r.get(c.key) not in (None, "") for r in table)]
+    for b in batches(table):
+        timed = [t for r in table if (t := (r.get("latency") or {}).get(b))]
+        tip = "Median of one batch, with half its inter-quartile range"
+        found.append(Column(f"ms/{b}", "Latency", f"batch {b}, ms", tip))
+        if any(is_number(t.get("ratio_fp32")) for t in timed):
+            tip = "Dense fp32 latency / this latency; above 1 is faster"
+            found.append(Column(f"fp32/{b}", "vs fp32", f"batch {b}", tip))
+        if any(is_number(t.get("ratio_best_dense")) for t in timed):
+            tip = "Latency of the dense model in this runtime's best precision / this latency; above 1 is faster"
+            found.append(Column(f"best/{b}", "vs best", f"dense, batch {b}", tip))
+    return found
+
+
+def _ratio(value: Any) -> Cell:
+    if not is_number(value):
+        return Cell()
+    return Cell(as_ratio(value), sort=str(value), cls="gain" if value > 1.02 else "loss" if value < 0.98 else "")
+
+
+def _timing(timed: Mapping[str, Any] | None) -> Cell:
+    if not timed or not is_number(timed.get("median_ms")):
+        return Cell()
+    doubt = timed.get("trusted") is False
+    spread = f"± {as_ms(timed['iqr_ms'] / 2)}" if is_number(timed.get("iqr_ms")) else ""
+    shown = as_ms(timed["median_ms"]) + (" ?" if doubt else "")
+    return Cell(shown, spread, str(timed["median_ms"]), "doubt" if doubt else "")
+
+
+def _plain(row: Row, key: str) -> Cell:
+    value = row.get(key)
+    if key == "stage":
+        return Cell(str(value or ""), str(row.get("note") or ""), cls="stage")
+    if value in (None, ""):
+        return Cell()
+    if key == "runtime":
+        return Cell(runtime_name(value), sort=str(value))
+    if not is_number(value):
+        return Cell(str(value), sort=str(value))
+    if key == "top1":
+        span = row.get("top1_interval")
+        small = " to ".join(f"{100 * as_share(v):.1f}" for v in span) if span else ""
+        return Cell(as_percent(as_share(value)), small, str(value))
+    if key == "agreement":
+        return Cell(as_percent(as_share(value)), sort=str(value))
+    return Cell(as_bytes(value) if key == "file_bytes" else as_count(value), sort=str(value))
+
+
+def rows(table: Sequence[Row], heads: Sequence[Column], prefix: str) -> list[tuple[str, list[Cell]]]:
+    """Return ``(row id, cells)`` for every table row."""
+    out = []
+    for i, row in enumerate(table):
+        timings = row.get("latency") or {}
+        cells = []
+        for head in heads:
+            what, _, batch = head.key.partition("/")
+            if not batch:
+                cells.append(_plain(row, head.key))
+            elif what == "ms":
+                cells.append(_timing(timings.get(batch)))
+            else:
+                cells.append(_ratio((timings.get(batch) or {}).get(RATIOS[what])))
+        out.append((f"{prefix}-row-{i}", cells))
+    return out
+
+
+def points(table: Sequence[Row], batch: str, prefix: str) -> tuple[list[Point], list[str]]:
+    """Return the points of one batch size and the names of their series.
+
+    Series are the runs where rows name several, else the runtimes.
+    """
+    runs = list(dict.fromkeys(str(r.get("run", "")) for r in table))
+    key = "run" if len(runs) > 1 else "runtime"
+    names = list(dict.fromkeys(runtime_name(r.get(key)) for r in table))
+    found = []
+    for i, row in enumerate(table):
+        timed = (row.get("latency") or {}).get(batch) or {}
+        if not (is_number(timed.get("median_ms")) and is_number(row.get("top1"))):
+            continue
+        name = runtime_name(row.get(key))
+        parts = [str(row[k]) for k in ("stage", "precision") if row.get(k)]
+        if key == "run" and row.get("runtime"):
+            parts.append(runtime_name(row["runtime"]))
+        label = " ".join(dict.fromkeys(parts))
+        span = row.get("top1_interval")
+        interval = (100 * as_share(span[0]), 100 * as_share(span[1])) if span else None
+        top1 = 100 * as_share(row["top1"])
+        trusted = timed.get("trusted") is not False
+        found.append(
+            Point(f"{prefix}-row-{i}", label, names.index(name), name, timed["median_ms"], top1, interval, trusted)
+        )
+    return found, names
