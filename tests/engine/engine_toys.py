@@ -55,9 +55,10 @@ class Task:
 
 @dataclass
 class Data:
-    """Batches of 16; ``world`` slices them by rank; ``stop_at`` raises a signal before the n-th draw."""
+    """Batches of 16, sliced by the rank of the step or by ``rank``; a signal comes before draw ``stop_at``."""
 
     world: int = 1
+    rank: int | None = None
     stop_at: int | None = None
     number: int = signal.SIGINT
     drawn: int = 0
@@ -69,7 +70,7 @@ class Data:
         generator = torch.Generator().manual_seed(1000 + step.index)
         x = torch.randn(16, 6, 8, generator=generator)
         y = (x.mean((1, 2)) * 20).long().clamp(-2, 1) + 2
-        mine = slice(step.rank, None, self.world)
+        mine = slice(step.rank if self.rank is None else self.rank, None, self.world)
         return {"image": x[mine], "target": y[mine], "id": [f"{step.index}-{n}" for n in range(16)][mine]}
 
 
@@ -311,8 +312,15 @@ class Calibrate(Method):
         model(loaders["train"](step)["image"])
         hook.remove()
         self.scale.append(seen[0])
-        model.head.weight.mul_(1 + seen[0] / 100)
         return {"scale": seen[0]}
+
+    def leave(self, model, phase):
+        return {"scale": self.scale} if phase.name == "calibrate.blocks" else None
+
+    @torch.no_grad()
+    def apply(self, model, edit):
+        model.head.weight.mul_(1 + sum(edit["scale"]) / 100)
+        return model
 
     def state_dict(self):
         return {"scale": list(self.scale)}

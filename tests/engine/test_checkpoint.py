@@ -32,6 +32,13 @@ def test_pack_keeps_types_and_bits():
         assert torch.equal(back, tensor)
 
 
+def test_tensors_of_an_accelerator_return_to_one():
+    tensors = {"x": torch.zeros(2)}
+    tree = {"a": [{"__placed__": "x"}], "b": {"__tensor__": "x"}}
+    back = unpack(tree, tensors, torch.device("meta"))
+    assert (back["a"][0].device.type, back["b"].device.type) == ("meta", "cpu")
+
+
 def test_pack_separates_shared_and_strided_tensors(tmp_path):
     base = torch.arange(12.0).reshape(3, 4)
     state = {

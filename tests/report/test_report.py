@@ -39,7 +39,7 @@ def test_run_folder_files_fill_the_gaps_and_a_torn_line_is_ignored(tmp_path):
     folder = tmp_path / "killed"
     folder.mkdir()
     (folder / "recipe.yaml").write_text("name: killed\n")
-    rows = [{"phase": "fit", "turn": "main", "index": i, "terms": {"task": 1.0 / (i + 1)}} for i in range(4)]
+    rows = [{"phase": "fit", "turn": "main", "step": i, "terms": {"task": 1.0 / (i + 1)}} for i in range(4)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"phase": "fi')
     html = build_report([folder], tmp_path / "report.html").read_text()
     assert "name: killed" in html and "4 steps" in html
@@ -85,9 +85,9 @@ def _row(stage: str, ratio: float, best: float | None, macs: float = 1e9) -> dic
 
 def test_the_sentence_says_what_is_slower():
     fast = sentence([_row("dense", 1.0, 0.5), _row("small", 2.5, 1.25, 6e8)])
-    assert "40" in fast and "2.50× as fast as the dense fp32" in fast and "1.25×" in fast
+    assert "40" in fast and "2.50× (batch 1) as fast as the dense fp32" in fast and "1.25×" in fast
     slow = sentence([_row("dense", 1.0, 0.5), _row("small", 0.8, 0.4)])
-    assert "slower than the dense fp32 graph" in slow and "faster choice" in slow and "gone" not in slow
+    assert "0.80×" in slow and "faster choice" in slow and "gone" not in slow
     assert sentence([_row("dense", 1.0, 0.5)]) == ""
 
 
@@ -109,3 +109,9 @@ def test_numbers():
 def test_cli_path_is_created(fake_run, tmp_path):
     out = tmp_path / "deep" / "er" / "r.html"
     assert build_report([fake_run()], out) == out and Path(out).is_file()
+
+
+def test_token_counts_of_a_method_become_the_chart(fake_run, tmp_path):
+    run = fake_run(tokens={"in": 197, "after_prune": [190, 150], "after_merge": [180, 140]})
+    html = build_report([run], tmp_path / "r.html").read_text()
+    assert "block 1: 140 of 197 tokens kept" in html and "30 pruned here" in html and "10 merged here" in html

@@ -12,13 +12,14 @@ import json
 from functools import cache
 from importlib import metadata, resources
 from importlib.resources.abc import Traversable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from gossamer.core.errors import ModelError, RecipeError, nearest
-from gossamer.core.method import Method
+
+if TYPE_CHECKING:  # importing torch takes seconds; listing the methods needs none of it
+    from gossamer.core.method import Method
 
 __all__ = ["MethodInfo", "build", "card", "find", "info", "methods", "name_of", "options_of", "room"]
 
@@ -127,6 +128,8 @@ def build(name: str, options: dict[str, Any]) -> Method:
     Raises:
         RecipeError: Unknown method or option (with the nearest right name), or a wrong type.
     """
+    from pydantic import TypeAdapter, ValidationError
+
     cls = find(name)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in options:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.core.errors import ModelError, RecipeError, nearest
+from gossamer.core.errors import GossamerError, ModelError, RecipeError, nearest
 from gossamer.cost.counting import Product, Trace, saved_bytes, trace
+from gossamer.runtimes.session import first_line
 from gossamer.runtimes.torch_runtime import evaluating
 
 __all__ = ["CONVENTION", "Cost", "LayerCost", "cost", "default_example"]
@@ -105,7 +107,7 @@ class Cost:
         return self.weight_bytes + self.peak_activation_bytes
 
     def metric(self, name: str) -> float:
-        """Return the figure a budget of that name bounds (``"macs"``, ``"bops"``, ``"params"``, ``"size"``, ``"memory"``).
+        """Return the figure that a budget called ``name`` bounds: macs, bops, params, size (bytes), memory (bytes).
 
         Raises:
             RecipeError: Another name.
@@ -229,9 +231,7 @@ def _theoretical(model: nn.Module, executed: dict[nn.Module, int]) -> dict[nn.Mo
     return counts
 
 
-def _layers(
-    model: nn.Module, found: Trace, batch: int, bits: tuple[int, int] | None, held: int
-) -> list[LayerCost]:
+def _layers(model: nn.Module, found: Trace, batch: int, bits: tuple[int, int] | None, held: int) -> list[LayerCost]:
     products: dict[nn.Module, list[Product]] = {}
     for p in found.products:
         products.setdefault(p.module, []).append(p)
@@ -259,6 +259,21 @@ def _check_bits(bits: int | Sequence[int] | None) -> tuple[int, int] | None:
     if len(pair) != 2 or not all(1 <= b <= 64 for b in pair):
         raise RecipeError(f"cost: bits={bits!r}; allowed are one width or (weight, input), each 1..64")
     return int(pair[0]), int(pair[1])
+
+
+@contextmanager
+def _explained(
+    model: nn.Module, inputs: tuple[Tensor, ...], remedy: str = "; pass an example it takes"
+) -> Iterator[None]:
+    """Turn whatever the model raises into one line that names the input."""
+    try:
+        yield
+    except GossamerError:
+        raise
+    except Exception as err:
+        given = ", ".join(str(list(x.shape)) for x in inputs)
+        reason = first_line(err)
+        raise ModelError(f"cost of {type(model).__name__}: input {given} fails ({reason}){remedy}") from err
 
 
 def cost(
@@ -293,9 +308,13 @@ def cost(
     inputs = _inputs(model, example)
     batch = inputs[0].shape[0]
     held = _float_like(model)[1].itemsize * _BITS_PER_BYTE
-    with evaluating(model):
+    with _explained(model, inputs), evaluating(model):
         found = trace(model, inputs)
     layers = _layers(model, found, batch, widths, held)
+    kept = None
+    if saved:
+        with _explained(model, inputs, " in training; pass a larger batch, or saved=False to leave it out"):
+            kept = saved_bytes(model, inputs)
     return Cost(
         macs=sum(r.macs for r in layers),
         theoretical_macs=sum(r.theoretical_macs for r in layers),
@@ -304,7 +323,7 @@ def cost(
         weight_bytes=sum(r.weight_bytes for r in layers),
         activation_bytes=sum(r.activation_bytes for r in layers),
         peak_activation_bytes=found.peak_bytes,
-        saved_activation_bytes=saved_bytes(model, inputs) if saved else None,
+        saved_activation_bytes=kept,
         input_shape=tuple(inputs[0].shape),
         per_layer=layers,
     )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -86,8 +87,8 @@ class Checkpoints:
         started = self.latest() is not None or (self.run_dir / "metrics.jsonl").is_file()
         return "unfinished" if started else "new"
 
-    def open(self, *, resume: bool) -> dict[str, Any] | None:
-        """Claim the folder; returns the state to resume from, or None for a new run.
+    def open(self, *, resume: bool, device: torch.device | None = None) -> dict[str, Any] | None:
+        """Claim the folder; returns the state to resume from (on ``device``), or None for a new run.
 
         Raises:
             StateError: The folder holds a finished run, or an unfinished one and ``resume`` is off.
@@ -101,7 +102,7 @@ class Checkpoints:
                 f"or choose another folder with --out"
             )
         latest = self.latest()
-        return None if latest is None else self.read(latest)
+        return None if latest is None else self.read(latest, device)
 
     def clear_leftovers(self) -> None:
         """Remove folders that a killed writer left half-written."""
@@ -144,7 +145,7 @@ class Checkpoints:
             shutil.rmtree(old)
         return target
 
-    def read(self, path: Path) -> dict[str, Any]:
+    def read(self, path: Path, device: torch.device | None = None) -> dict[str, Any]:
         """Read a checkpoint.
 
         Raises:
@@ -157,7 +158,7 @@ class Checkpoints:
                     f"checkpoint {path}: format {content['format']}, this gossamer reads up to {FORMAT}; "
                     f"upgrade gossamer"
                 )
-            return unpack(content["state"], load_file(path / _TENSORS))
+            return unpack(content["state"], load_file(path / _TENSORS), device)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as err:
             raise StateError(
                 f"checkpoint {path}: unreadable ({type(err).__name__}: {err}); "

@@ -7,6 +7,7 @@ precision stays with the loop (one recipe, one meaning, whatever the launcher's 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
@@ -14,9 +15,11 @@ from accelerate.utils import DistributedType, broadcast, broadcast_object_list
 from torch import Tensor, nn
 
 from gossamer.core.errors import RecipeError, RunError
+from gossamer.engine.pack import pack, unpack
 
 __all__ = [
     "average_gradients",
+    "broadcast_data",
     "broadcast_tensors",
     "check_equal",
     "is_main",
@@ -133,6 +136,14 @@ def broadcast_tensors(accelerator: Accelerator, tensors: Sequence[Tensor]) -> No
         flat = broadcast(torch.cat([t.detach().reshape(-1) for t in bucket]), from_process=0)
         for tensor, part in _unflatten(flat, bucket):
             tensor.copy_(part)
+
+
+def broadcast_data(value: Any, device: torch.device) -> Any:
+    """Return rank 0's ``value`` (nested plain data and tensors, as in a checkpoint) on every rank."""
+    box = [pack(value)]
+    broadcast_object_list(box, from_process=0)
+    tree, tensors = box[0]
+    return unpack(tree, tensors, device)
 
 
 def check_equal(accelerator: Accelerator, what: str, value: object) -> None:

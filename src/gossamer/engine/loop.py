@@ -20,7 +20,7 @@ from gossamer.core.registry import options_of
 from gossamer.core.schedule import Batch, Loader, Phase, Plan, Step, Turn
 from gossamer.core.stack import Stack
 from gossamer.engine.checkpoint import Checkpoints, differing_keys, write_json
-from gossamer.engine.distributed import broadcast_tensors, check_equal, make_accelerator, state_tensors
+from gossamer.engine.distributed import broadcast_data, broadcast_tensors, check_equal, make_accelerator, state_tensors
 from gossamer.engine.ema import Ema
 from gossamer.engine.interrupt import Interrupted, StopSignals
 from gossamer.engine.logs import Logs
@@ -41,8 +41,8 @@ class Loop:
     """Trains a model under a stack of methods.
 
     Global generators are re-seeded from the step throughout. On several ranks every buffer follows
-    rank 0, parameters too at the start of a phase and after a unit of work; a ``work`` phase is
-    handed steps of rank 0, so that every rank does the same.
+    rank 0, parameters too at the start of a phase. After a unit of work everything follows rank 0,
+    the methods' state too; its steps carry rank 0, so that a loader that heeds them draws alike.
 
     Args:
         stack: The methods; a fresh stack for every loop.
@@ -105,7 +105,7 @@ class Loop:
 
     def train(self, model: nn.Module) -> nn.Module:
         """Prepare (or resume) ``model`` and run all phases; evaluate variants after this, before ``finish``."""
-        resumed = self.checkpoints.open(resume=self.options.resume) if self.checkpoints is not None else None
+        resumed = self._open()
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
         with ExitStack() as context:
             context.enter_context(preserved_generators(self.device))
@@ -138,6 +138,11 @@ class Loop:
         """Return every state to evaluate ``model`` under, the recipe's moving average included."""
         own = {"ema": self.ema.applied(model)} if self.ema is not None else {}
         return {**self.stack.variants(model), **own}
+
+    def _open(self) -> dict[str, Any] | None:
+        if self.checkpoints is None:
+            return None
+        return self.checkpoints.open(resume=self.options.resume, device=self.device)
 
     # -- start and resume ----------------------------------------------------------------------------
     def _start(self, model: nn.Module) -> nn.Module:
@@ -250,9 +255,16 @@ class Loop:
         seed_globals(step, "work")
         model.eval()
         terms = (phase.work(model, self._loaders, step) if phase.work is not None else None) or {}
-        broadcast_tensors(self.accelerator, state_tensors([model, *self._extras()]))
+        self._follow_rank_zero(model)
         self._row(step, terms, {}, started)
         return terms, self._mean([float(self._stop.requested)])[0] > 0
+
+    def _follow_rank_zero(self, model: nn.Module) -> None:
+        broadcast_tensors(self.accelerator, state_tensors([model, *self._extras()]))
+        if self.accelerator.num_processes > 1:
+            state = broadcast_data(self.stack.state_dict(), self.device)
+            if not self.accelerator.is_main_process:
+                self.stack.load_state_dict(state)
 
     def _turns(self, model: nn.Module, phase: Phase, runner: TurnRunner) -> tuple[dict[str, float], bool]:
         shown: dict[str, float] = {}

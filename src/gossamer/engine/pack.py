@@ -1,6 +1,7 @@
 """Nested state to JSON plus safetensors and back: no code is ever loaded.
 
-Tensors become ``{"__tensor__": key}``; tuples, dictionaries with other than string keys and
+Tensors become ``{"__tensor__": key}``, or ``{"__placed__": key}`` where they lay on an accelerator and
+return to one; tuples, dictionaries with other than string keys and
 non-finite floats are tagged in the same way, so that what is read equals what was written.
 """
 
@@ -17,7 +18,7 @@ from gossamer.core.errors import StateError
 
 __all__ = ["first_non_finite", "pack", "unpack"]
 
-_TAGS = ("__tensor__", "__tuple__", "__items__", "__float__")
+_TAGS = ("__tensor__", "__placed__", "__tuple__", "__items__", "__float__")
 
 
 def pack(value: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -39,7 +40,7 @@ def pack(value: Any) -> tuple[Any, dict[str, Tensor]]:
             data = data.clone()
         seen.add(data.untyped_storage().data_ptr())
         tensors[path] = data
-        return {"__tensor__": path}
+        return {"__tensor__" if tensor.device.type == "cpu" else "__placed__": path}
 
     def walk(item: Any, path: str) -> Any:
         if isinstance(item, Tensor):
@@ -67,23 +68,25 @@ def pack(value: Any) -> tuple[Any, dict[str, Tensor]]:
     return walk(value, "state"), tensors
 
 
-def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Undo ``pack``."""
+def unpack(tree: Any, tensors: Mapping[str, Tensor], device: torch.device | None = None) -> Any:
+    """Undo ``pack``; tensors that lay on an accelerator go to ``device`` (default: the CPU)."""
     if isinstance(tree, list):
-        return [unpack(v, tensors) for v in tree]
+        return [unpack(v, tensors, device) for v in tree]
     if not isinstance(tree, dict):
         return tree
     if len(tree) == 1:
         tag, inner = next(iter(tree.items()))
         if tag == "__tensor__":
             return tensors[inner]
+        if tag == "__placed__":
+            return tensors[inner].to(device or "cpu")
         if tag == "__float__":
             return float(inner)
         if tag == "__tuple__":
-            return tuple(unpack(v, tensors) for v in inner)
+            return tuple(unpack(v, tensors, device) for v in inner)
         if tag == "__items__":
-            return {unpack(k, tensors): unpack(v, tensors) for k, v in inner}
-    return {k: unpack(v, tensors) for k, v in tree.items()}
+            return {unpack(k, tensors, device): unpack(v, tensors, device) for k, v in inner}
+    return {k: unpack(v, tensors, device) for k, v in tree.items()}
 
 
 def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:

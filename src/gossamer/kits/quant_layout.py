@@ -26,7 +26,10 @@ __all__ = [
     "LayerSpec",
     "Layout",
     "find_layout",
+    "WidthOptions",
+    "final_forms",
     "finish_layers",
+    "layer_specs",
     "open_layout",
     "quant_layers",
     "weight_counts",
@@ -186,6 +189,62 @@ def wrap_layers(model: nn.Module, specs: Mapping[str, Mapping[str, Any]]) -> nn.
             raise ModelError(f"layer {name!r} is {type(source).__name__}; expected a {spec.kind} layer in float")
         replace_module(model, name, new)
     return model
+
+
+@dataclass(frozen=True)
+class WidthOptions:
+    """Widths and grids of a whole model.
+
+    Attributes:
+        w_bits: Width of weights.
+        a_bits: Width of activations.
+        head_bits: Width of the classifiers; ``None`` leaves them in float.
+        per_channel: One weight step per output row, else one per tensor (three for fused q/k/v).
+        unsigned_softmax: Unsigned grid for the softmax output.
+        new_bias: Create biases where there are none.
+    """
+
+    w_bits: int = 8
+    a_bits: int = 8
+    head_bits: int | None = 8
+    per_channel: bool = False
+    unsigned_softmax: bool = False
+    new_bias: bool = False
+
+
+def layer_specs(model: nn.Module, layout: Layout, options: WidthOptions) -> dict[str, dict[str, Any]]:
+    """Return the ``LayerSpec`` fields of every layer of ``layout``, as plain JSON."""
+    specs = {}
+    for name in (n for names in layout.units.values() for n in names):
+        parent, _, leaf = name.rpartition(".")
+        if name in layout.heads and options.head_bits is None:
+            continue
+        if leaf in ("scores", "values") and parent in layout.attentions:
+            signed = (leaf == "scores" or not options.unsigned_softmax, True)
+            spec = LayerSpec("product", (options.a_bits, options.a_bits), 0, signed)
+        else:
+            layer = model.get_submodule(name)
+            bits = (options.w_bits, options.a_bits)
+            if name in layout.heads and options.head_bits is not None:
+                bits = (options.head_bits, options.head_bits)
+            fused = leaf == "qkv" and parent in layout.attentions
+            steps = layer.weight.shape[0] if options.per_channel else 3 if fused else 1
+            spec = LayerSpec("weights", bits, steps, new_bias=options.new_bias)
+        specs[name] = asdict(spec)
+    return specs
+
+
+def final_forms(model: nn.Module, low_bits: str = "simulated") -> dict[str, str]:
+    """Return the form that ``finish_layers`` shall give each wrapped layer.
+
+    Real 8 bit where both widths are 8, float where a layer is not active (nothing reached it),
+    else simulated; ``low_bits="int8"`` puts widths below 8 into 8-bit storage and kernels too.
+    """
+    forms = {}
+    for name, layer in quant_layers(model).items():
+        real = layer.bits == (8, 8) or (low_bits == "int8" and max(layer.bits) <= 8)
+        forms[name] = "float" if not layer.active else "int8" if real else "simulated"
+    return forms
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLinear | QuantConv2d | QuantMatMul]:

@@ -50,7 +50,7 @@ class Preprocessing:
             if key not in known:
                 hint = nearest(key, known)
                 raise ModelError(f"preprocessing key {key!r} is unknown; known are {sorted(known)}{hint}")
-        plain = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in data.items()}
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in data.items()}
         return cls(**plain)
 
 
@@ -70,9 +70,9 @@ def preprocessing(model: nn.Module) -> Preprocessing:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     default = Preprocessing()
     channels, height, width = cfg.get("input_size") or default.size
-    embed = getattr(model, "patch_embed", None)
-    if getattr(embed, "img_size", None) is not None:
-        height, width = _pair(embed.img_size)
+    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if built_for is not None:
+        height, width = _pair(built_for)
     mean, std = tuple(cfg.get("mean") or default.mean), tuple(cfg.get("std") or default.std)
     first = _first_channels(model, cfg)
     if first is not None and first != channels:

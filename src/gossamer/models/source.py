@@ -14,7 +14,7 @@ from torch import nn
 from gossamer.core.errors import ModelError, nearest
 from gossamer.models.preprocessing import Preprocessing, preprocessing
 
-__all__ = ["ModelSource", "create", "source_of"]
+__all__ = ["ModelSource", "attach", "create", "source_of"]
 
 LOCAL_ONLY = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 """timm options that name files or the network; a saved model must not depend on them."""

@@ -95,10 +95,11 @@ def save(
         RunError: Not enough disk.
     """
     source = source or source_of(model)
-    edits = [
-        [registry.name_of(stack.methods[i]), _storable(stack.methods[i]), edit]
-        for i, edit in (stack.lasting_edits() if stack else [])
-    ]
+    edits: list[list[Any]] = []
+    if stack is not None:
+        edits = [
+            [registry.name_of(stack.methods[i]), _storable(stack.methods[i]), edit] for i, edit in stack.lasting_edits()
+        ]
     source = dataclasses.replace(source, edits=[*source.edits, *edits])
     tensors, aliases = _distinct(dict(model.state_dict()))
     folder = Path(path)

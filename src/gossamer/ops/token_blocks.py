@@ -43,6 +43,10 @@ class TokenBlock(nn.Module):
         self.num_prefix = num_prefix
         self.has_class = has_class
 
+    def counts(self, n: int) -> tuple[int, int]:
+        """Return how many of ``n`` tokens are left after pruning and after merging."""
+        return n, n
+
     def attend(self, x: Tensor, bias: Tensor | None) -> Attended:
         """Return the attention's parts for normalised tokens ``x`` [B, N, C]."""
         return self.attn.attend(x, bias)

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from gossamer.core.errors import StateError
 from gossamer.report import charts, saved, table
-from gossamer.report.numbers import as_ms, as_percent, is_number, runtime_name
+from gossamer.report.numbers import as_fact, as_ms, as_percent, is_number, runtime_name
 from gossamer.report.scatter import accuracy_latency
 from gossamer.report.source import RunData, image_uri, read_run
 
@@ -126,16 +126,33 @@ def _curves(data: RunData) -> list[tuple[str, list[tuple[str, Markup]]]]:
     return list(phases.items())
 
 
+def _tokens(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the token counts as the chart reads them, from counts per block or ``{in, after_prune, after_merge}``."""
+    if "after_merge" not in data:
+        return dict(data)
+    kept, pruned = data["after_merge"], data.get("after_prune") or data["after_merge"]
+    entering = [data["in"], *kept[:-1]]
+    return {
+        "kept": kept,
+        "dense": data["in"],
+        "pruned": [n - p for n, p in zip(entering, pruned, strict=True)],
+        "merged": [p - k for p, k in zip(pruned, kept, strict=True)],
+        "schedule": f"after pruning  {pruned}\nafter merging  {kept}",
+    }
+
+
 def _run(data: RunData, folder: Path, prefix: str) -> dict[str, Any]:
     rows = data.get("table") or []
-    tokens = data.get("tokens") or {}
+    tokens = _tokens(data.get("tokens") or {})
     return {
         "id": prefix,
         "title": data["title"],
         "folder": data["folder"],
         "sentence": saved.sentence(rows),
         "figures": saved.figures(rows),
-        "facts": _flat(data.get("summary") or {}),
+        "facts": [
+            (k.replace("_", " "), as_fact(k, v)) for k, v in (data.get("summary") or {}).items() if v is not None
+        ],
         "results": _results(rows, prefix),
         "tokens": charts.tokens(tokens),
         "schedule": tokens.get("schedule") or "",

@@ -8,6 +8,7 @@ from typing import Any
 __all__ = [
     "as_bytes",
     "as_count",
+    "as_fact",
     "as_ms",
     "as_percent",
     "as_ratio",
@@ -66,6 +67,22 @@ def as_share(value: float) -> float:
 def as_percent(share: float, digits: int = 1) -> str:
     """Return a share in [0, 1] as a percentage with a proper minus sign."""
     return f"{100 * share:.{digits}f}".replace("-", MINUS) + "\N{NARROW NO-BREAK SPACE}%"
+
+
+def as_fact(name: str, value: Any) -> str:
+    """Return a named fact as text; the name's first or last word tells its unit (``macs_dense``, ``median_ms``)."""
+    if not is_number(value):
+        return ", ".join(str(v) for v in value) if isinstance(value, list | tuple) else str(value)
+    words = name.lower().split("_")
+    forms = {"macs": as_count, "params": as_count, "bops": as_count, "bytes": as_bytes, "ratio": as_ratio}
+    for word in (words[0], words[-1]):
+        if word in forms:
+            return forms[word](value)
+        if word in ("top1", "top5", "agreement"):
+            return as_percent(as_share(value))
+        if word == "ms":
+            return as_ms(value) + " ms"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from gossamer.report.numbers import as_percent, as_ratio, as_share, is_number, runtime_name
 
-__all__ = ["Row", "dense_row", "figures", "finished_row", "latency", "sentence"]
+__all__ = ["Row", "dense_row", "figures", "finished_row", "sentence", "timings"]
 
 Row = Mapping[str, Any]
 
@@ -18,16 +18,17 @@ def dense_row(table: Sequence[Row]) -> Row | None:
 
 
 def finished_row(table: Sequence[Row]) -> Row | None:
-    """Return the row that ships: the one marked ``final``, else the last with a latency."""
-    marked = [r for r in table if r.get("final")]
-    found = marked or [r for r in table if r.get("latency")] or list(table)
+    """Return the row that ships: the first marked ``chosen``, else the last with a latency."""
+    chosen = [r for r in table if r.get("chosen")]
+    if chosen:
+        return chosen[0]
+    found = [r for r in table if r.get("latency")] or list(table)
     return found[-1] if found else None
 
 
-def latency(row: Row) -> tuple[str, Mapping[str, Any]] | None:
-    """Return (batch, timing) of a row's smallest measured batch."""
-    timed = row.get("latency") or {}
-    return min(timed.items(), key=lambda kv: float(kv[0])) if timed else None
+def timings(row: Row) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return (batch, timing) of every measured batch, smallest first."""
+    return sorted((row.get("latency") or {}).items(), key=lambda kv: float(kv[0]))
 
 
 def _less(row: Row, dense: Row, key: str) -> float | None:
@@ -35,23 +36,28 @@ def _less(row: Row, dense: Row, key: str) -> float | None:
     return 1 - a / b if is_number(a) and is_number(b) and b else None
 
 
+def _at_batches(timed: Sequence[tuple[str, Mapping[str, Any]]], key: str) -> str:
+    """Return ``1.41× (batch 1) and 1.38× (batch 8)``; '' where nothing was measured."""
+    known: list[tuple[str, Any]] = [(b, t.get(key)) for b, t in timed]
+    shown = [f"{as_ratio(r)} (batch {b})" for b, r in known if is_number(r)]
+    return " and ".join(shown) if len(shown) < 3 else ", ".join(shown[:-1]) + " and " + shown[-1]
+
+
 def _speed(row: Row) -> str:
-    timed = latency(row)
-    if timed is None:
-        return ""
-    batch, t = timed
-    ratio: Any = t.get("ratio_fp32")
-    if not is_number(ratio):
+    timed = timings(row)
+    fp32, best = _at_batches(timed, "ratio_fp32"), _at_batches(timed, "ratio_best_dense")
+    if not fp32:
         return ""
     runtime = runtime_name(row.get("runtime")) or "the runtime"
-    text = f"In {runtime} at batch {batch} it runs {as_ratio(ratio)} as fast as the dense fp32 graph"
-    if ratio < 1.0:
-        text = f"In {runtime} at batch {batch} it is slower than the dense fp32 graph ({as_ratio(ratio)})"
-    best: Any = t.get("ratio_best_dense")
-    if is_number(best):
-        versus = "" if best >= 1.0 else ", so the dense model in that precision is the faster choice"
-        text += f" and {as_ratio(best)} as fast as the best dense precision{versus}"
-    return text + ("." if t.get("trusted", True) else "; the meter does not trust this figure.")
+    text = f"In {runtime} it runs {fp32} as fast as the dense fp32 graph"
+    if best:
+        precision = next((str(t["best_dense"]) for _, t in timed if t.get("best_dense")), "")
+        text += f", and {best} as fast as the dense model at its best precision{f' ({precision})' if precision else ''}"
+    slower = [b for b, t in timed if is_number(t.get("ratio_best_dense")) and t["ratio_best_dense"] < 1.0]
+    if slower:
+        text += f"; at batch {' and '.join(slower)} the dense model in that precision is the faster choice"
+    doubt = any(t.get("trusted") is False for _, t in timed)
+    return text + ("; the meter does not trust every one of these figures." if doubt else ".")
 
 
 def sentence(table: Sequence[Row]) -> str:
@@ -78,14 +84,12 @@ def figures(table: Sequence[Row]) -> list[tuple[str, str, str]]:
     if dense is None or done is None or dense is done:
         return []
     found: list[tuple[str, str, str]] = []
-    timed = latency(done)
-    if timed:
-        batch, t = timed
-        where = (f"batch {batch}, {runtime_name(done.get('runtime'))}", f"batch {batch}, same runtime")
-        names = (("ratio_fp32", "dense fp32 speed"), ("ratio_best_dense", "best dense precision"))
-        for (ratio, name), remark in zip(names, where, strict=True):
-            if is_number(t.get(ratio)):
-                found.append((as_ratio(t[ratio]), name, remark))
+    timed = timings(done)
+    for ratio, name in (("ratio_fp32", "dense fp32 speed"), ("ratio_best_dense", "best dense precision")):
+        known = [(b, t[ratio]) for b, t in timed if is_number(t.get(ratio))]
+        if known:
+            others = "".join(f"; {as_ratio(r)} at batch {b}" for b, r in known[:-1])
+            found.append((as_ratio(known[-1][1]), name, f"batch {known[-1][0]}{others}"))
     for key, name in (("macs", "MACs left"), ("file_bytes", "file size left")):
         less = _less(done, dense, key)
         if less is not None and abs(less) > 0.005:

@@ -6,8 +6,8 @@
 | --- | --- |
 | ``title`` | name of the run |
 | ``summary`` | facts, ``{label: text or number}`` |
-| ``table`` | rows ``{stage, runtime, precision, macs, params, file_bytes, top1, top1_interval: [low, high], agreement, note, final, latency: {batch: {median_ms, iqr_ms, ratio_fp32, ratio_best_dense, trusted}}}``; shares in [0, 1] or percent |
-| ``tokens`` | ``{blocks, kept, pruned, merged, dense, schedule}``: counts per block |
+| ``table`` | rows ``{stage, runtime, precision, macs, params, file_bytes, top1, top1_interval: [low, high], agreement, note, chosen, paired: {p_value}, latency: {batch: {median_ms, iqr_ms, ratio_fp32, ratio_best_dense, best_dense, trusted, reason}}}``; shares in [0, 1] or percent |
+| ``tokens`` | ``{in, after_prune, after_merge}``: counts per block; or ``{blocks, kept, pruned, merged, dense, schedule}`` |
 | ``photos`` | ``{name, label, dense, finished, image, blocks: [grid or {block, grid}]}``; a grid holds one group id per patch, -1 where it was pruned |
 | ``quantization`` | rows ``{layer, bits_w, bits_a, error, gamma}`` |
 | ``curves`` | rows ``{phase, term, steps, values}`` |
@@ -51,7 +51,7 @@ def _curves(path: Path) -> list[dict[str, Any]]:
         for term, value in row.get("terms", {}).items():
             key = (str(row.get("phase", "fit")), term)
             curve = series.setdefault(key, {"phase": key[0], "term": term, "steps": [], "values": []})
-            curve["steps"].append(row.get("index", len(curve["steps"])))
+            curve["steps"].append(row.get("step", len(curve["steps"])))
             curve["values"].append(value)
     return list(series.values())
 

@@ -15,12 +15,13 @@ __all__ = ["Cell", "Column", "batches", "columns", "points", "rows"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: what is shown, a second smaller line, what it sorts by, a style class."""
+    """One cell: what is shown, a second smaller line, what it sorts by, a style class, a tooltip."""
 
     shown: str = ""
     small: str = ""
     sort: str = ""
     cls: str = ""
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def _timing(timed: Mapping[str, Any] | None) -> Cell:
     doubt = timed.get("trusted") is False
     spread = f"± {as_ms(timed['iqr_ms'] / 2)}" if is_number(timed.get("iqr_ms")) else ""
     shown = as_ms(timed["median_ms"]) + (" ?" if doubt else "")
-    return Cell(shown, spread, str(timed["median_ms"]), "doubt" if doubt else "")
+    why = f"not trusted: {timed['reason']}" if doubt and timed.get("reason") else ""
+    return Cell(shown, spread, str(timed["median_ms"]), "doubt" if doubt else "", why)
 
 
 def _plain(row: Row, key: str) -> Cell:
@@ -99,7 +101,9 @@ def _plain(row: Row, key: str) -> Cell:
         small = " to ".join(f"{100 * as_share(v):.1f}" for v in span) if span else ""
         return Cell(as_percent(as_share(value)), small, str(value))
     if key == "agreement":
-        return Cell(as_percent(as_share(value)), sort=str(value))
+        p_value = (row.get("paired") or {}).get("p_value")
+        small = f"McNemar p {p_value:.2g}" if is_number(p_value) else ""
+        return Cell(as_percent(as_share(value)), small, str(value))
     return Cell(as_bytes(value) if key == "file_bytes" else as_count(value), sort=str(value))
 
 

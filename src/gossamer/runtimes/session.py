@@ -164,9 +164,7 @@ class Runtime(ABC):
         return best_dense_precisions(self.name)
 
     @abstractmethod
-    def load(
-        self, source: Any, *, precision: str | None = None, threads: int = 2, profile: bool = False
-    ) -> Session:
+    def load(self, source: Any, *, precision: str | None = None, threads: int = 2, profile: bool = False) -> Session:
         """Load a model.
 
         Args:
@@ -198,7 +196,9 @@ class Runtime(ABC):
         """
         kinds = " or ".join(self.suffixes)
         if not isinstance(source, str | Path):
-            raise ModelError(f"{self.name}: got a {type(source).__name__}; it loads {kinds} files. Export the model first")
+            raise ModelError(
+                f"{self.name}: got a {type(source).__name__}; it loads {kinds} files. Export the model first"
+            )
         path = Path(source)
         if path.is_dir():
             inside = [path / f"model{suffix}" for suffix in self.suffixes if (path / f"model{suffix}").is_file()]

@@ -24,7 +24,7 @@ def wilson(hits: int, total: int, confidence: float = 0.95) -> tuple[float, floa
     p, scale = hits / total, 1 + z * z / total
     centre = (p + z * z / (2 * total)) / scale
     half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total)) / scale
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return (0.0 if hits == 0 else centre - half), (1.0 if hits == total else centre + half)
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:

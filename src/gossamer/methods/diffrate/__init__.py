@@ -1,0 +1,5 @@
+"""DiffRate: differentiable compression rates for vision transformers."""
+
+from gossamer.methods.diffrate.method import DiffRate
+
+__all__ = ["DiffRate"]

@@ -87,9 +87,13 @@ class ReducedBlock(_RankingBlock):
         super().__init__(source, rules)
         self.prune, self.merge = prune, min(merge, prune)
 
+    def counts(self, n: int) -> tuple[int, int]:
+        """Return how many of ``n`` tokens are left after pruning and after merging."""
+        return min(self.prune, n), min(self.merge, n)
+
     def reduce(self, x: Tensor, size: Tensor | None, parts: Attended, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the kept tokens [B, merge, C] and their sizes."""
-        prune, merge = min(self.prune, x.shape[1]), min(self.merge, x.shape[1])
+        prune, merge = self.counts(x.shape[1])
         if merge == x.shape[1]:
             return x, size
         order = rank_tokens(self.importance(parts, bias), prune, self.num_prefix, ordered=merge < prune)

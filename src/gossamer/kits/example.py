@@ -1,0 +1,69 @@
+"""What a room shows of its method: a small case in which it works, for checks and for readers.
+
+Every room has ``example.py`` with ``example() -> MethodExample``. The conformance suite builds all its
+checks from it, so an example must be small (a few steps, well under a second each) and exact: the same
+call gives the same weights and the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from gossamer.core.method import Method
+from gossamer.core.schedule import Batch, Loader, Phase, Step
+from gossamer.models.build import load_model
+
+__all__ = ["MethodExample", "noise", "tiny_vit"]
+
+CLASSES = 10
+SIDE = 32
+
+
+def tiny_vit(name: str = "vit_tiny_patch16_224", **options: object) -> nn.Module:
+    """Return a small, seeded timm ViT for 32 x 32 images and 10 classes (about 0.1 M parameters)."""
+    small = {"img_size": SIDE, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, **options}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = load_model(name, num_classes=CLASSES, **small)
+        for p in model.parameters():  # timm's fresh heads and tokens are nearly zero, which hides faults
+            if p.ndim > 1:
+                nn.init.normal_(p, std=0.15)
+    return model
+
+
+def noise(step: Step, batch_size: int = 4) -> Batch:
+    """Return a batch of random images [B, 3, 32, 32] and labels; a loader."""
+    draw = step.generator("example.noise", per_rank=True)
+    return {
+        "image": torch.randn(batch_size, 3, SIDE, SIDE, generator=draw),
+        "target": torch.randint(CLASSES, (batch_size,), generator=draw),
+        "id": [f"{step.phase}-{step.index}-{n}" for n in range(batch_size)],
+    }
+
+
+@dataclass(frozen=True)
+class MethodExample:
+    """A small case of a method.
+
+    Attributes:
+        method: Returns a fresh method, with options small enough for a test.
+        model: Returns a fresh model, always with the same weights; buildable by ``load_model``.
+        neutral: Returns the method in a setting in which it must change nothing; ``None`` if it has none.
+        plan: The recipe's own phases; the method adds its own.
+        loaders: Loaders by name; each batch a function of the step.
+        tolerance: Largest difference between the finished model in torch and exported, relative to the
+            largest logit.
+    """
+
+    method: Callable[[], Method]
+    model: Callable[[], nn.Module] = tiny_vit
+    neutral: Callable[[], Method] | None = None
+    plan: tuple[Phase, ...] = (Phase("fit", 3),)
+    loaders: Mapping[str, Loader] = field(
+        default_factory=lambda: {"train": noise, "search": noise, "calibration": noise}
+    )
+    tolerance: float = 1e-4
