@@ -195,12 +195,27 @@ def test_operators_of_ones_own_join_by_a_formula() -> None:
         del flop_registry[torch.ops.gossamer_tests.double_sum]
 
 
-def test_activations_of_childless_modules() -> None:
+def test_activations_of_layers() -> None:
     net = nn.Sequential(nn.Linear(8, 4), nn.Identity(), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4, 2))
     got = cost(net, torch.zeros(3, 8))
     assert got.activation_bytes == 3 * (4 + 2) * 4
     assert got.peak_activation_bytes == 3 * (8 + 4) * 4
     assert got.memory_bytes == got.weight_bytes + got.peak_activation_bytes
+
+
+def test_activations_of_a_quantized_layer_are_its_own_output() -> None:
+    class Quantized(nn.Module):
+        weight_bits = input_bits = 8
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.grid, self.inner = nn.Hardtanh(), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(self.grid(x)) * 1.0
+
+    got = cost(nn.Sequential(Quantized()), torch.zeros(3, 8))
+    assert got.activation_bytes == 3 * 2 * 4
 
 
 def test_saved_bytes_by_hand() -> None:

@@ -40,9 +40,9 @@ class Trace:
 
     Attributes:
         products: Executed products, in order.
-        output_bytes: Bytes that each childless module put out, by module; views and in-place
-            results of its input count 0.
-        peak_bytes: Largest sum of input and output bytes of one childless module.
+        output_bytes: Bytes that each layer put out, by module; views and in-place results of its
+            input count 0. Layers are childless modules and, as a whole, those that declare a width.
+        peak_bytes: Largest sum of input and output bytes of one layer.
     """
 
     products: list[Product] = field(default_factory=list)
@@ -72,12 +72,21 @@ def _num_bytes(tensors: Sequence[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in unique.values())
 
 
+def _layers(root: nn.Module) -> set[nn.Module]:
+    """Return the modules whose outputs count: childless ones and, as a whole, those that declare their width."""
+    declaring = {m for m in root.modules() if hasattr(m, "weight_bits")}
+    inside = {part for m in declaring for part in m.modules() if part is not m}
+    childless = {m for m in root.modules() if next(m.children(), None) is None}
+    return (childless | declaring) - inside
+
+
 class _Stack:
     """The modules that are running, outermost first, and what their calls put out."""
 
     def __init__(self, root: nn.Module, found: Trace) -> None:
         self.running: list[nn.Module] = [root]
         self._known = set(root.modules())
+        self._layers = _layers(root)
         self._found = found
 
     def enter(self, module: nn.Module, args: Any) -> None:
@@ -85,7 +94,7 @@ class _Stack:
 
     def leave(self, module: nn.Module, args: Any, out: Any) -> None:
         self.running.pop()
-        if module not in self._known or next(module.children(), None) is not None:
+        if module not in self._layers:
             return
         given, made = list(_tensors(args)), list(_tensors(out))
         old = {_storage(x) for x in given}

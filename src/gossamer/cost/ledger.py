@@ -26,8 +26,9 @@ CONVENTION = {
     "attention products: bits of both operands; undeclared widths are those of the floats held",
     "params": "unique parameters, and the weights and biases that quantized layers hold as buffers",
     "weight_bytes": "parameters and persistent buffers as stored; declared widths count bits / 8 per weight",
-    "activation_bytes": "sum over childless modules of what they put out, for the batch given; views count 0",
-    "peak_activation_bytes": "largest input plus output of one childless module, for the batch given",
+    "activation_bytes": "sum of what the layers put out, for the batch given; layers are childless modules and "
+    "quantized ones as a whole; views count 0",
+    "peak_activation_bytes": "largest input plus output of one layer, for the batch given",
     "saved_activation_bytes": "memory kept by a training forward pass for its backward pass, for the batch given; "
     "each memory once, parameters and buffers left out",
 }
@@ -83,8 +84,8 @@ class Cost:
         bops: Bit operations per image.
         params: Parameters.
         weight_bytes: Bytes of the stored weights.
-        activation_bytes: Bytes of all module outputs, for the batch.
-        peak_activation_bytes: Largest input plus output of a module, for the batch.
+        activation_bytes: Bytes of all layer outputs, for the batch.
+        peak_activation_bytes: Largest input plus output of a layer, for the batch.
         saved_activation_bytes: Bytes kept for the backward pass, for the batch; ``None`` if not asked for.
         input_shape: Shape of the example, batch first.
         per_layer: Modules with any cost, in model order.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from gossamer.core.errors import ModelError
+from gossamer.cost.latency import Timing, ratio
 from gossamer.cost.latency import bench as time_sessions
 from gossamer.pipeline.graphs import graph_for, resolve
 from gossamer.runtimes import get
@@ -49,13 +49,9 @@ def bench(
     return rows
 
 
-def _rows(keys: Sequence[tuple[str, str]], timings: Sequence[Any], runtime: str, batch: int) -> list[dict[str, Any]]:
+def _rows(keys: Sequence[tuple[str, str]], timings: Sequence[Timing], runtime: str, batch: int) -> list[dict[str, Any]]:
     first = [i for i, k in enumerate(keys) if k[0] == keys[0][0]]
     best = min(first, key=lambda i: timings[i].median_ms)
-
-    def ratio(a: int, b: int) -> float:
-        pairs = zip(timings[a].samples_ms, timings[b].samples_ms, strict=True)
-        return statistics.median(x / y for x, y in pairs)
 
     return [
         {
@@ -65,8 +61,8 @@ def _rows(keys: Sequence[tuple[str, str]], timings: Sequence[Any], runtime: str,
             "batch": batch,
             "median_ms": timings[i].median_ms,
             "iqr_ms": timings[i].iqr_ms,
-            "ratio": ratio(0, i),
-            "ratio_best_dense": ratio(best, i),
+            "ratio": timings[i].ratio,
+            "ratio_best_dense": ratio(timings[best], timings[i])[1],
             "best_dense": keys[best][1],
             "trusted": timings[i].trusted,
             "reason": timings[i].reason,

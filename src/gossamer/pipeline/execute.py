@@ -63,7 +63,7 @@ def _write_inputs(setup: Setup, run_dir: Path) -> None:
 
 
 def _train(setup: Setup, run_dir: Path, *, resume: bool, progress: bool) -> tuple[nn.Module, StageFolder]:
-    keeper = StageFolder(run_dir, setup.stack)
+    keeper = StageFolder(run_dir, setup.stack, savable=setup.savable)
     if is_main() and not keeper.stages():
         keeper.keep(0, "dense", setup.model, edited=False)
     options = RunOptions(
@@ -123,7 +123,7 @@ def execute(
     """
     setup = set_up(recipe, model=model, methods=methods, sources=sources, rank=rank(), world=world())
     trained = run_dir / "model" / "model.json"
-    keeper = StageFolder(run_dir, setup.stack)
+    keeper = StageFolder(run_dir, setup.stack, savable=setup.savable)
     Checkpoints(run_dir).open(resume=resume)  # refuses a folder that holds another run before anything is written
     if resume and trained.is_file():
         finished = load(run_dir / "model")
@@ -133,7 +133,8 @@ def execute(
             _write_inputs(setup, run_dir)
         finished, keeper = _train(setup, run_dir, resume=resume, progress=progress)
         if is_main():
-            save(finished, run_dir / "model", stack=setup.stack)
+            if setup.savable:
+                save(finished, run_dir / "model", stack=setup.stack)
     if not is_main():
         return RunResult(finished, [], run_dir)
     export = recipe.export

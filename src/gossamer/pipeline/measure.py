@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gossamer.cost.latency import bench
+from gossamer.cost.latency import bench, ratio
 from gossamer.cost.ledger import Cost, cost
 from gossamer.data.loading import batches
 from gossamer.data.sources import ImageSource
@@ -110,11 +109,6 @@ def _export_rows(stages: Sequence[Stage], runtimes: Sequence[str], batch: Sequen
     return rows
 
 
-def _ratio(rows: Sequence[Any], a: int, b: int) -> float:
-    """Return the median over rounds of time(a) / time(b): how many times b is faster than a."""
-    return statistics.median(x / y for x, y in zip(rows[a].samples_ms, rows[b].samples_ms, strict=True))
-
-
 def _time(rows: list[Measured], batch: int, threads: int, rounds: int, size: tuple[int, int, int]) -> None:
     """Time all rows of one runtime in one interleaved run and fill in their ratios."""
     x = np.random.default_rng(0).standard_normal((batch, *size), dtype=np.float32)
@@ -127,8 +121,8 @@ def _time(rows: list[Measured], batch: int, threads: int, rounds: int, size: tup
         row.latency[batch] = {
             "median_ms": timings[i].median_ms,
             "iqr_ms": timings[i].iqr_ms,
-            "ratio_fp32": _ratio(timings, fp32, i),
-            "ratio_best_dense": _ratio(timings, best, i),
+            "ratio_fp32": ratio(timings[fp32], timings[i])[1],
+            "ratio_best_dense": ratio(timings[best], timings[i])[1],
             "best_dense": rows[best].precision,
             "trusted": timings[i].trusted,
             "reason": timings[i].reason,

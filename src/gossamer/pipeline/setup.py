@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gossamer.core import registry
-from gossamer.core.errors import RecipeError
+from gossamer.core.errors import ModelError, RecipeError
 from gossamer.core.method import Method
 from gossamer.core.schedule import Loader, Plan
 from gossamer.core.stack import Stack
@@ -23,6 +23,7 @@ from gossamer.data.transforms import eval_transform, train_transform
 from gossamer.kits.teacher import bind_self
 from gossamer.models.build import load_model
 from gossamer.models.preprocessing import Preprocessing, preprocessing
+from gossamer.models.source import attach, source_of
 from gossamer.recipe import Recipe
 from gossamer.tasks.classification import Classification
 
@@ -43,6 +44,7 @@ class Setup:
         loaders: Step loaders by name (``train``, ``calibration``).
         evaluation: Images to evaluate on, or ``None``.
         plan: The recipe's own phases.
+        savable: Whether the model can be rebuilt from its source, and so be saved.
     """
 
     recipe: Recipe
@@ -54,6 +56,7 @@ class Setup:
     loaders: dict[str, Loader]
     evaluation: ImageSource | None
     plan: Plan
+    savable: bool = True
 
 
 def _methods(recipe: Recipe) -> list[Method]:
@@ -66,6 +69,15 @@ def _methods(recipe: Recipe) -> list[Method]:
             given = {"macs": macs} if macs is not None and takes else {}
             built.append(registry.build(name, {**given, **options}))
     return built
+
+
+def _remember_source(model: nn.Module) -> bool:
+    """Note on a model how it was built, before anything changes it; false for a user's own class."""
+    try:
+        attach(model, source_of(model))
+    except ModelError:
+        return False
+    return True
 
 
 def _source(spec: Any) -> ImageSource | None:
@@ -102,6 +114,7 @@ def set_up(
         model = load_model(
             spec, num_classes=recipe.model.num_classes, pretrained=recipe.model.pretrained, **recipe.model.options
         )
+    savable = _remember_source(model)
     pre = preprocessing(model)
     dense = copy.deepcopy(model).eval().requires_grad_(False)
     stack = Stack(methods if methods is not None else _methods(recipe))
@@ -118,7 +131,7 @@ def set_up(
             task.check_classes(source, model)
     loaders = _loaders(recipe, pre, task, train, calibration, rank, world)
     plan = Plan([recipe.train.fit_phase(len(train) if train is not None else 0, world)])
-    return Setup(recipe, model, dense, stack, task, pre, loaders, evaluation, plan)
+    return Setup(recipe, model, dense, stack, task, pre, loaders, evaluation, plan, savable)
 
 
 def _loaders(  # noqa: PLR0913 - the parts of a run come together here

@@ -6,35 +6,36 @@ import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from gossamer.core.method import Method
 from gossamer.core.schedule import Phase
 from gossamer.core.stack import LASTING, Stack
-from gossamer.models.store import load, save
+from gossamer.models.store import is_saved, load, save
 
 __all__ = ["Stage", "StageFolder", "stage_title"]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One saved state of the model.
+    """One state of the model.
 
     Attributes:
         name: ``"dense"``, a phase name, or ``"finished"``.
         title: What a table calls it.
-        folder: Saved model folder.
+        folder: Saved model folder (not there for a module that only its owner can build).
+        module: The model itself, for such a module.
     """
 
     name: str
     title: str
     folder: Path
+    module: nn.Module | None = None
 
     def model(self) -> nn.Module:
-        """Return the stage's model, built from its folder, in evaluation mode."""
-        return load(self.folder).eval()
+        """Return the stage's model in evaluation mode, built from its folder where there is one."""
+        return (self.module if self.module is not None else load(self.folder)).eval()
 
 
 def stage_title(name: str, methods: Iterable[Method]) -> str:
@@ -50,20 +51,28 @@ def stage_title(name: str, methods: Iterable[Method]) -> str:
 class StageFolder:
     """Keeps the stages of a run on disk, so that a resumed run does not lose them.
 
+    A module that gossamer cannot rebuild (a user's own class) is kept in memory instead: after a
+    resume its earlier stages are missing from the table.
+
     Args:
         run_dir: Run folder; stages live in ``run_dir/stages/<k>-<name>/``.
         stack: The stack of the run.
+        savable: Whether the model can be rebuilt from its source.
     """
 
-    def __init__(self, run_dir: Path, stack: Stack) -> None:
+    def __init__(self, run_dir: Path, stack: Stack, *, savable: bool = True) -> None:
         self.folder = run_dir / "stages"
         self.stack = stack
+        self.savable = savable
+        self._memory: dict[str, nn.Module] = {}
 
-    def keep(self, index: int, name: str, model: nn.Module, *, edited: bool = True) -> Stage:
-        """Save ``model`` as stage ``index``; ``edited`` false means that it is still the dense one."""
+    def keep(self, index: int, name: str, model: nn.Module, *, edited: bool = True) -> None:
+        """Keep ``model`` as stage ``index``; ``edited`` false means that it is still the dense one."""
         path = self.folder / f"{index:02d}-{name}"
-        save(model, path, stack=self.stack if edited else None)
-        return Stage(name, self._title(name), path)
+        if self.savable:
+            save(model, path, stack=self.stack if edited else None)
+        else:
+            self._memory[path.name] = copy.deepcopy(model).eval()
 
     def on_phase_end(self, index: int, phase: Phase, model: nn.Module) -> None:
         """Keep the model after a phase that trained something or changed the structure.
@@ -72,14 +81,15 @@ class StageFolder:
         it prepares becomes physical at ``finish``.
         """
         if phase.steps and phase.work is None:
-            self.keep(index + 1, phase.name, copy.deepcopy(model).eval())
+            self.keep(index + 1, phase.name, model)
 
     def stages(self) -> list[Stage]:
-        """Return the stages on disk in order."""
+        """Return the stages in order."""
+        names = {p.name for p in self.folder.glob("[0-9][0-9]-*") if is_saved(p)} | set(self._memory)
         found = []
-        for path in sorted(self.folder.glob("[0-9][0-9]-*")):
-            name = path.name.partition("-")[2]
-            found.append(Stage(name, self._title(name), path))
+        for entry in sorted(names):
+            name = entry.partition("-")[2]
+            found.append(Stage(name, self._title(name), self.folder / entry, self._memory.get(entry)))
         return found
 
     def _title(self, name: str) -> str:
@@ -87,7 +97,3 @@ class StageFolder:
             last = [type(m).__name__ for m in self.stack.methods if m.touches & LASTING]
             return "dense" if name == "dense" else " + ".join(last) or "finished"
         return stage_title(name, self.stack.methods)
-
-    def facts(self) -> list[dict[str, Any]]:
-        """Return name, title and folder of every stage as JSON."""
-        return [{"name": s.name, "title": s.title, "folder": str(s.folder)} for s in self.stages()]
