@@ -207,7 +207,9 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
             return f"refused [{reasons.setdefault(result['reason'], len(reasons) + 1)}]"
         return f"{'yes' if result['verdict'] == 'same' else '**DIFFERENT**'}, {result['error']:.0e}"
 
-    body = [f"| `{r['model']}` | {r['family']} | " + " | ".join(cell(r["results"][m]) for m in methods) + " |" for r in rows]
+    body = [
+        f"| `{r['model']}` | {r['family']} | " + " | ".join(cell(r["results"][m]) for m in methods) + " |" for r in rows
+    ]
     counts = []
     for m in methods:
         verdicts = [r["results"][m]["verdict"] for r in rows]
@@ -215,11 +217,11 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         "# Support matrix",
         "",
-        f"{len(rows)} timm models (timm {timm.__version__}, torch {torch.__version__.partition('+')[0]}). \"yes\" means that the method was",
-        "applied at zero compression and the logits stayed those of the plain model; the figure is the largest",
-        f"difference relative to the largest logit (at most {TOLERANCE:g}, float32). Weights are random, with layer scales,",
-        "biases and position terms far from their initial values. \"refused\" means that the method said no, with the",
-        "reason below. Written by `scripts/support_matrix.py`.",
+        f"{len(rows)} timm models (timm {timm.__version__}, torch {torch.__version__.partition('+')[0]}).",
+        '"yes" means that the method was applied at zero compression and the logits stayed those of the plain model;',
+        f"the figure is the largest difference relative to the largest logit (at most {TOLERANCE:g}, float32).",
+        "Weights are random, with layer scales, biases and position terms far from their initial values.",
+        '"refused" means that the method said no, with the reason below. Written by `scripts/support_matrix.py`.',
         "",
         "; ".join(counts) + ".",
         "",

@@ -12,8 +12,6 @@ from safetensors.torch import save_file
 
 from gossamer.engine.loop import RunOptions
 
-torch.set_num_threads(1)
-
 
 def kill(folder: Path, case: str, at: int) -> None:
     """Run ``case``, resuming whatever is there; the process kills itself at draw ``at`` (0: never)."""
@@ -47,6 +45,7 @@ def ranks(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     if sys.argv[1] == "kill":
         kill(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
     else:

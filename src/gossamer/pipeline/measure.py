@@ -98,7 +98,7 @@ def _export_rows(stages: Sequence[Stage], runtimes: Sequence[str], batch: Sequen
     rows = []
     for stage in stages:
         model = stage.model()
-        ledger = cost(model)
+        ledger = cost(model, saved=False)
         for runtime in runtimes:
             files = {}
             for b in batch:
