@@ -2,9 +2,10 @@
 
     python benchmarks/manifold_distillation.py --data ../shared/data --out results.json
 
-A ViT teacher (patch 4, width 128, 8 blocks) is trained once for 8 epochs on 10,000 images; students (width 48,
-4 blocks) for 6 epochs, evaluated on the first 2,000 test images. The mechanistic figure is the unweighted
-intra-image term on held-out images, averaged over the pairs (first two and last two blocks).
+A ViT teacher (patch 4, width 96, 6 blocks) is trained once for 6 epochs on 10,000 images; students (width 48,
+4 blocks) for 4 epochs, evaluated on the first 2,000 test images (about 14 minutes on two idle CPU cores). The
+mechanistic figure is the unweighted intra-image term on held-out images, averaged over the pairs (first two and
+last two blocks).
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from gossamer.models.preprocessing import preprocessing
 from gossamer.recipe import TrainSettings
 from gossamer.tasks.classification import Classification, predictor
 
-TEACHER = {"img_size": 28, "patch_size": 4, "embed_dim": 128, "depth": 8, "num_heads": 4}
+TEACHER = {"img_size": 28, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 4}
 STUDENT = {"img_size": 28, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 3}
-PAIRS = [(0, 0), (1, 1), (2, 6), (3, 7)]
+PAIRS = [(0, 0), (1, 1), (2, 4), (3, 5)]
 BATCH = 100
 
 
@@ -56,7 +57,9 @@ def arms(teacher: nn.Module) -> dict[str, list[Method]]:
     }
 
 
-def train(model: nn.Module, methods: list[Method], loader: StepLoader, epochs: int, seed: int) -> tuple[nn.Module, list[dict[str, Any]]]:
+def train(
+    model: nn.Module, methods: list[Method], loader: StepLoader, epochs: int, seed: int
+) -> tuple[nn.Module, list[dict[str, Any]]]:
     """Train a model; returns it with the rows of its log."""
     rows: list[dict[str, Any]] = []
     steps = epochs * len(loader.source) // BATCH
@@ -92,7 +95,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the Fashion-MNIST .npz files")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, nargs=2, default=(8, 6), metavar=("TEACHER", "STUDENT"))
+    parser.add_argument("--epochs", type=int, nargs=2, default=(6, 4), metavar=("TEACHER", "STUDENT"))
     parser.add_argument("--images", type=int, default=10_000)
     args = parser.parse_args()
     start = time.perf_counter()
@@ -101,7 +104,7 @@ def main() -> None:
     held_out = open_data(f"npz:{args.data}/fashion_mnist_test_10000.npz[0:2000]")
     loader = StepLoader(source, eval_transform(pre), BATCH)
     evaluation = list(batches(held_out, eval_transform(pre), 250))
-    score = lambda m: Classification().evaluate(predictor(m), evaluation).top1  # noqa: E731
+    score = lambda m: 100 * Classification().evaluate(predictor(m), evaluation).top1  # noqa: E731
     teacher, _ = train(build(TEACHER, 0), [], loader, args.epochs[0], seed=0)
     result: dict[str, Any] = {"teacher": score(teacher), "arms": {}}
     print(f"teacher {result['teacher']:.2f} after {time.perf_counter() - start:.0f} s", flush=True)
@@ -113,12 +116,15 @@ def main() -> None:
             entry["intra"].append(intra(model, teacher, evaluation[0]["image"]))
             terms = [r["terms"]["distil_intra"] for r in rows if "distil_intra" in r.get("terms", {})]
             fifth = max(1, len(terms) // 5)
-            entry["curve"].append([statistics.mean(terms[i : i + fifth]) for i in range(0, len(terms) - fifth + 1, fifth)])
+            entry["curve"].append(
+                [statistics.mean(terms[i : i + fifth]) for i in range(0, len(terms) - fifth + 1, fifth)]
+            )
             print(f"seed {seed} {name:22s} {entry['top1'][-1]:.2f}  intra {entry['intra'][-1]:.4f}", flush=True)
     result["seconds"] = time.perf_counter() - start
     for name, entry in result["arms"].items():
         spread = statistics.stdev(entry["top1"]) if len(entry["top1"]) > 1 else 0.0
-        print(f"{name:22s} {statistics.mean(entry['top1']):.2f} +- {spread:.2f}  intra {statistics.mean(entry['intra']):.4f}")
+        top1, relation = statistics.mean(entry["top1"]), statistics.mean(entry["intra"])
+        print(f"{name:22s} {top1:.2f} +- {spread:.2f}  intra {relation:.4f}")
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -83,7 +83,7 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "MobileViT": ({}, ["mobilevit_xxs"]),
     "EfficientFormer": ({}, ["efficientformer_l1"]),
     "FastViT": ({}, ["fastvit_t8"]),
-    "Mixer": ({"img_size": 64, "num_blocks": 2}, ["mixer_s16_224"]),
+    "Mixer": ({"img_size": 64}, ["mixer_s16_224"]),
     "ConvNeXt": ({}, ["convnext_atto", "convnextv2_atto"]),
     "ResNet": ({}, ["resnet18", "resnet50"]),
     "EfficientNet": ({}, ["efficientnet_b0", "tf_efficientnet_lite0"]),

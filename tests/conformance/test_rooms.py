@@ -13,7 +13,7 @@ import pytest
 from gossamer.conformance import CHECKS, ROOM_CHECKS, check_pair
 from gossamer.core.errors import PlanError
 from gossamer.core.method import STAGES
-from gossamer.core.registry import methods
+from gossamer.core.registry import find, methods
 from gossamer.core.stack import Stack
 from gossamer.kits.example import MethodExample
 
@@ -45,7 +45,7 @@ def _pairs() -> list[tuple[str, str]]:
         if len(stages) < 2 or stages in found:
             continue
         try:
-            Stack([example(a).method(), example(b).method()])
+            Stack([find(a)(), find(b)()])
         except PlanError:
             continue
         found[stages] = (a, b)
@@ -58,7 +58,15 @@ def test_pair_of_stages(first: str, second: str) -> None:
 
 
 def test_two_ranks_end_bit_equal() -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gossamer.conformance.ranks"]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "gossamer.conformance.ranks",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [sys.executable, *command, *ROOMS], capture_output=True, text=True, env=environment, timeout=300, check=False

@@ -21,7 +21,8 @@ HOOKS = {
 FIELDS = {"stage", "touches", "needs", "gives", "wraps", "extra"}
 PUBLIC = {
     "Batch", "GossamerError", "Method", "Phase", "Plan", "Recipe", "Stack", "Step", "Turn", "__version__", "bench",
-    "compress", "cost", "doctor", "evaluate", "export", "load", "methods", "plan", "quickstart", "report", "run", "save",
+    "compress", "cost", "doctor", "evaluate", "export", "load", "methods", "plan", "quickstart", "report", "run",
+    "save",
 }  # fmt: skip
 CORE_LINES = 800
 """A new hook needs three methods that cannot be written without it; raise this number with a reason."""
@@ -52,10 +53,22 @@ def test_stages_and_kinds_are_frozen() -> None:
 def test_every_hook_has_an_empty_default() -> None:
     method, model = Method(), nn.Linear(2, 2)
     phase, step = Phase("fit", 1), Step("fit", "main", 0, 1)
-    assert method.prepare(model) is method.enter(model, phase) is method.leave(model, phase) is method.finish(model) is None
+    assert (
+        method.prepare(model)
+        is method.enter(model, phase)
+        is method.leave(model, phase)
+        is method.finish(model)
+        is None
+    )
     plan, loader = Plan([phase]), lambda step: {}
     assert method.phases(plan) is plan and method.loader("train", loader) is loader
-    assert method.groups(model) == method.loss(model, {}, None, step) == method.variants(model) == method.describe(model) == {}
+    assert (
+        method.groups(model)
+        == method.loss(model, {}, None, step)
+        == method.variants(model)
+        == method.describe(model)
+        == {}
+    )
     assert method.before_step(model, step) is method.after_step(model, step) is None
     assert method.state_dict() == {} and method.wrap_grads(len, len) is len  # type: ignore[arg-type]
     method.load_state_dict({})

@@ -168,7 +168,8 @@ def test_hooks_reach_every_method_and_state_round_trips() -> None:
     seen: list[str] = []
     spy = lambda n: toy(  # noqa: E731
         "training", (),
-        before_step=lambda self, m, s: seen.append(f"before{n}"), after_step=lambda self, m, s: seen.append(f"after{n}"),
+        before_step=lambda self, m, s: seen.append(f"before{n}"),
+        after_step=lambda self, m, s: seen.append(f"after{n}"),
         state_dict=lambda self: {"n": n}, load_state_dict=lambda self, state: seen.append(f"load{state['n']}"),
         variants=lambda self, m: {f"v{n}": None}, describe=lambda self, m: {"facts": {}},
         phases=lambda self, plan: plan.before("fit", Phase(f"p{n}", 1)),

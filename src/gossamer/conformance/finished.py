@@ -30,7 +30,9 @@ def check_replay(example: MethodExample) -> None:
     model, stack = replayed(example, done.stack.edits)
     require(stack.edits == done.stack.edits, "replay: the replayed log differs from the original")
     ours, theirs = model.state_dict(), done.model.state_dict()
-    odd = sorted(k for k in ours.keys() | theirs.keys() if k not in ours or k not in theirs or ours[k].shape != theirs[k].shape)
+    odd = sorted(
+        k for k in ours.keys() | theirs.keys() if k not in ours or k not in theirs or ours[k].shape != theirs[k].shape
+    )
     require(not odd, f"replay: the rebuilt model differs from the finished one in {odd[:3]}")
     model.load_state_dict(theirs)
     gap = (outputs(model, batch) - outputs(done.model, batch)).abs().max().item()
@@ -83,4 +85,6 @@ def check_export(example: MethodExample) -> None:
         artefact = export(done.model, Path(name) / "onnx", format="onnx", batch=len(expected))
         got = get("onnxruntime").load(artefact.graph).run(batch["image"].numpy())
     gap = float(np.abs(got - expected).max()) / float(np.abs(expected).max())
-    require(gap <= example.tolerance, f"export: outputs differ by {gap:.2g} of the largest; allowed {example.tolerance:.2g}")
+    require(
+        gap <= example.tolerance, f"export: outputs differ by {gap:.2g} of the largest; allowed {example.tolerance:.2g}"
+    )

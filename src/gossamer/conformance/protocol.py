@@ -147,12 +147,16 @@ def check_touches(example: MethodExample) -> None:
     before, after = plain.state_dict(), done.model.state_dict()
     if not touches & {"structure", "precision"}:
         odd = [k for k in before if k not in after or after[k].shape != before[k].shape]
-        require(not odd and len(after) == len(before), f"{name} changed {odd[:3]} without touching structure or precision")
+        require(
+            not odd and len(after) == len(before), f"{name} changed {odd[:3]} without touching structure or precision"
+        )
     if not touches & {"structure", "precision", "weights"}:
         odd = [k for k in before if not torch.equal(before[k], after[k])]
         require(not odd, f"{name} changed the values of {odd[:3]} without touching weights")
     if "tokens" not in touches and "structure" not in touches:
-        require(_token_shapes(done.model, batch) == _token_shapes(plain, batch), f"{name} changed the tokens undeclared")
+        require(
+            _token_shapes(done.model, batch) == _token_shapes(plain, batch), f"{name} changed the tokens undeclared"
+        )
     if not touches & LASTING:
         require(not done.stack.lasting_edits(), f"{name} leaves lasting edits without touching {sorted(LASTING)}")
         hooked = [n for n, m in done.model.named_modules() if m._forward_hooks or m._forward_pre_hooks]

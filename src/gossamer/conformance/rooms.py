@@ -39,7 +39,9 @@ def check_files(room: str) -> None:
     for figure in tomllib.loads(folder.joinpath("figures.toml").read_text(encoding="utf-8")).get("figure", []):
         lacking = FIGURE_KEYS - figure.keys()
         require(not lacking, f"room {room}: figure {figure.get('name')!r} lacks {sorted(lacking)}")
-        require(figure["check"] in FIGURE_CHECKS, f"room {room}: figure {figure['name']!r} has check {figure['check']!r}")
+        require(
+            figure["check"] in FIGURE_CHECKS, f"room {room}: figure {figure['name']!r} has check {figure['check']!r}"
+        )
         names.append(figure["name"])
     twice = sorted({n for n in names if names.count(n) > 1})
     require(not twice, f"room {room}: figures {twice} are there twice")

@@ -123,9 +123,7 @@ def _loop(
 ) -> Loop:
     options = replace(options, dense_hook=lambda dense: bind_self(stack, dense))
     phases = example.plan if plan is None else plan
-    return Loop(
-        stack, Classification(), example.loaders, phases, settings=SETTINGS, run_dir=folder, options=options
-    )
+    return Loop(stack, Classification(), example.loaders, phases, settings=SETTINGS, run_dir=folder, options=options)
 
 
 class _Cut(Exception):

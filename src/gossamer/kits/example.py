@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,9 +24,9 @@ CLASSES = 10
 SIDE = 32
 
 
-def tiny_vit(name: str = "vit_tiny_patch16_224", **options: object) -> nn.Module:
+def tiny_vit(name: str = "vit_tiny_patch16_224", **options: Any) -> nn.Module:
     """Return a small, seeded timm ViT for 32 x 32 images and 10 classes (about 0.1 M parameters)."""
-    small = {"img_size": SIDE, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, **options}
+    small: dict[str, Any] = {"img_size": SIDE, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, **options}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = load_model(name, num_classes=CLASSES, **small)

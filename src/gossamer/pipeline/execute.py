@@ -160,9 +160,9 @@ def _figures(table: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
     row = rows[-1]
     batch = min(row["latency"], key=int)
     figures = {
-        "macs": row["macs"], "params": row["params"], "size": row["file_bytes"],
-        "latency": row["latency"][batch]["median_ms"],
+        "macs": row["macs"], "bops": row["bops"], "params": row["params"], "size": row["file_bytes"],
+        "memory": row["memory_bytes"], "latency": row["latency"][batch]["median_ms"],
     }  # fmt: skip
     if row["top1"] is not None:
-        figures["top1"] = 100 * row["top1"] if row["top1"] <= 1 else row["top1"]
+        figures["top1"] = 100 * row["top1"]
     return figures

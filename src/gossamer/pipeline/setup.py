@@ -16,7 +16,7 @@ from gossamer.core.errors import ModelError, RecipeError
 from gossamer.core.method import Method
 from gossamer.core.schedule import Loader, Plan
 from gossamer.core.stack import Stack
-from gossamer.cost.budget import Budget
+from gossamer.cost.budget import Target
 from gossamer.data.loading import Mixing, StepLoader
 from gossamer.data.sources import ImageSource, open_data
 from gossamer.data.transforms import eval_transform, train_transform
@@ -156,14 +156,5 @@ def _loaders(  # noqa: PLR0913 - the parts of a run come together here
 
 def check_target(recipe: Recipe, dense: dict[str, float], finished: dict[str, float]) -> list[str]:
     """Return one sentence for every bound of the recipe's target that the finished model misses."""
-    missed = []
-    for metric, text in (recipe.target.model_dump(exclude_none=True) if recipe.target else {}).items():
-        if metric == "max_drop":
-            drop = dense.get("top1", 0.0) - finished.get("top1", 0.0)
-            if drop > float(text):
-                missed.append(f"max_drop: accuracy fell by {drop:.2f} points, {text} are allowed")
-        elif metric in finished:
-            bound = Budget.parse(metric, text).resolve(dense[metric])
-            if finished[metric] > bound * 1.005:
-                missed.append(f"{metric}: {finished[metric]:.4g}, the target is {bound:.4g}")
-    return missed
+    bounds = recipe.target.model_dump(exclude_none=True) if recipe.target else {}
+    return Target.parse(bounds).missed(dense, finished)

@@ -88,7 +88,7 @@ def test_rates_equal_the_release(granularity: int) -> None:
     close(q[::7], oracle["probability"])
     close(mask, oracle["mask"])
     close(torch.autograd.grad(kept, logits, retain_graph=True)[0][::5], oracle["grad_kept"], 1e-5)
-    close(torch.autograd.grad((mask * wave((197,), 9)).sum(), logits)[0], oracle["grad_mask"])
+    close(torch.autograd.grad((mask * wave((197,), 9)).sum(), logits)[0][::5], oracle["grad_mask"])
 
 
 def test_merge_equals_the_release() -> None:
@@ -287,7 +287,7 @@ def search(model: nn.Module, method: DiffRate, task: bool = True) -> nn.Module:
 
 @pytest.mark.parametrize("options", [{}, {"form": "device", "tile": 4, "blocks": [0, 1, 2, 3], "protected_blocks": []}])
 def test_search_meets_its_budget(options: dict) -> None:
-    method = DiffRate(macs="70%", search_steps=60, lr=0.05, budget_unit="relative", **options)
+    method = DiffRate(macs="70%", search_steps=30, lr=0.1, budget_unit="relative", **options)
     stack, model = search(small(), method, task=False)
     facts = method.describe(model)["facts"]
     assert 0.69 <= facts["macs_share"] <= 0.70
@@ -301,7 +301,7 @@ def test_search_meets_its_budget(options: dict) -> None:
 
 
 def test_search_without_task_reaches_the_budget_by_itself() -> None:
-    method = DiffRate(macs="70%", search_steps=150, lr=0.03, budget_unit="relative")
+    method = DiffRate(macs="70%", search_steps=80, lr=0.05, budget_unit="relative")
     stack, _ = search(small(), method, task=False)
     found = stack.edits[-1][1]["searched"]
     cost = token_macs(small(), token_view(small()))

@@ -230,7 +230,7 @@ class ManifoldDistillation(Method):
             raise ModelError(f"manifold_distillation: the student returned {type(logits).__name__}; expected logits")
         if distilled.shape != taught.shape:
             raise ModelError(
-                f"manifold_distillation: student logits {tuple(distilled.shape)}, teacher logits {tuple(taught.shape)}; "
+                f"manifold_distillation: student logits {tuple(distilled.shape)}, the teacher's {tuple(taught.shape)}; "
                 f"expected equal class counts, or alpha=0"
             )
         kd = maths.hard_loss(distilled, taught) if self.hard else maths.soft_loss(distilled, taught, self.tau)

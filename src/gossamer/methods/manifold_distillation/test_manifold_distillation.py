@@ -46,7 +46,11 @@ def vit(seed: int = 0, name: str = "vit_tiny_patch16_224", **options) -> nn.Modu
 
 def batch(n: int = 3, seed: int = 5, size: int = 32) -> dict:
     g = torch.Generator().manual_seed(seed)
-    return {"image": torch.randn(n, 3, size, size, generator=g), "target": torch.arange(n), "id": [str(i) for i in range(n)]}
+    return {
+        "image": torch.randn(n, 3, size, size, generator=g),
+        "target": torch.arange(n),
+        "id": [str(i) for i in range(n)],
+    }
 
 
 def terms_of(method: Method, model: nn.Module, data: dict, step: Step = STEP) -> dict[str, Tensor]:
@@ -281,9 +285,7 @@ def test_terms_switch_off_one_by_one() -> None:
 def test_label_share_takes_soft_labels() -> None:
     data = batch()
     soft = {**data, "target": torch.nn.functional.one_hot(data["target"], 10).float()}
-    half = [
-        terms_of(ManifoldDistillation(vit(1), alpha=0.5, beta=0.0), vit(), d)["task"] for d in (data, soft)
-    ]
+    half = [terms_of(ManifoldDistillation(vit(1), alpha=0.5, beta=0.0), vit(), d)["task"] for d in (data, soft)]
     assert torch.allclose(*half) and torch.allclose(
         half[0], 0.5 * torch.nn.functional.cross_entropy(vit()(data["image"]), data["target"])
     )
@@ -365,7 +367,9 @@ def test_distilled_student_learns_with_both_heads() -> None:
     model.set_distilled_training(True)
     cls, dist = model(data["image"])
     assert torch.allclose(terms["task"], 0.5 * torch.nn.functional.cross_entropy(cls, data["target"]), atol=1e-6)
-    assert torch.allclose(terms["distil_logits"], 0.5 * maths.soft_loss(dist, teacher.eval()(data["image"]), 1.0), atol=1e-6)
+    assert torch.allclose(
+        terms["distil_logits"], 0.5 * maths.soft_loss(dist, teacher.eval()(data["image"]), 1.0), atol=1e-6
+    )
 
 
 # -- refusals --------------------------------------------------------------------------------------------
