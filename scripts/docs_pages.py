@@ -1,10 +1,11 @@
-"""Pages of the site that are written from the source: one per method's card, the methods' table, the CLI.
+"""Pages of the site that are written from the source: the methods' cards and table, the CLI, adding a method.
 
 A hook of mkdocs (see ``mkdocs.yml``); nothing is copied into the tree.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -28,14 +29,14 @@ def methods_page() -> str:
         "Every method is a *room*: a folder with its code, card, recipes, figures and tests. Order and",
         "compatibility in a stack follow from what each declares (stage, touches, needs).",
         "",
-        "| recipe key | class | paper | family | stage | touches | state |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| class, recipe key | paper | family | stage, touches | state |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for m in registry.methods().values():
         touches = ", ".join(m.touches) or "–"
         lines.append(
-            f"| [`{m.name}`]({m.name}.md) | `gossamer.{m.cls}` | {m.title}, {_paper(m.arxiv)} "
-            f"| {m.family} | {m.stage} | {touches} | {m.status} |"
+            f"| [{m.cls}]({m.name}.md)<br>{m.name.replace('_', '_<wbr>')} | {m.title}, {_paper(m.arxiv)} "
+            f"| {m.family} | {m.stage}; {touches} | {m.status} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -58,7 +59,14 @@ def cli_page() -> str:
     """Return every command with its arguments, options and example."""
     lines = ["# Command line", "", "Exit codes: 0 ok, 2 bad input, 1 a failure while working, 130 interrupted.", ""]
     for name, command in typer.main.get_command(app).commands.items():
-        lines += [f"## gossamer {name}", "", (command.help or "").strip(), "", "| | | |", "| --- | --- | --- |"]
+        lines += [
+            f"## gossamer {name}",
+            "",
+            (command.help or "").strip(),
+            "",
+            "| option | meaning | default |",
+            "| --- | --- | --- |",
+        ]
         for p in command.params:
             shown = " ".join(f"`{o}`" for o in p.opts) if p.param_type_name == "option" else f"`{p.name.upper()}`"
             default = "" if p.default in (None, False) or p.required else f"`{p.default}`"
@@ -67,9 +75,16 @@ def cli_page() -> str:
     return "\n".join(lines)
 
 
+def room_page() -> str:
+    """Return the part of CONTRIBUTING.md on adding a method."""
+    text = (Path(__file__).resolve().parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    body = text.partition("## Adding a method: the room")[2]
+    return "# Adding a method" + body.replace("\n### ", "\n## ")
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages."""
-    pages = {"methods/index.md": methods_page(), "reference/cli.md": cli_page()}
+    pages = {"methods/index.md": methods_page(), "reference/cli.md": cli_page(), "adding-a-method.md": room_page()}
     pages |= {f"methods/{name}.md": method_page(name) for name in registry.methods()}
     for uri, content in pages.items():
         files.append(File.generated(config, uri, content=content))

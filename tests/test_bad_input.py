@@ -193,7 +193,7 @@ def test_an_unfinished_run_in_the_output_folder(refused, recipe, tmp_path, monke
 
     out = tmp_path / "o"
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Loop, "_start", stop)
+        patch.setattr(loop.Loop, "_phase", stop)
         refused("run", recipe(), "--out", out, code=130)
     assert "--resume" in refused("run", recipe(), "--out", out)
 

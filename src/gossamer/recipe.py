@@ -141,7 +141,8 @@ class ExportSettings(_Part):
     batch: list[int | Literal["dynamic"]] = [1, 8]
     opset: int | None = Field(default=None, ge=13)
     runtimes: list[Literal["openvino", "onnxruntime", "torch"]] = ["openvino", "onnxruntime"]
-    threads: int | None = Field(default=None, ge=1)
+    threads: int = Field(default=2, ge=1)
+    rounds: int = Field(default=7, ge=2)
 
 
 class Recipe(_Part):

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from gossamer.core.errors import ModelError, RecipeError, StateError
 from gossamer.core.method import Method
@@ -86,6 +87,20 @@ def test_tap_ignores_evaluation_copies_and_recomputation() -> None:
     tap.read()["blocks.1"].sum().backward()
     with pytest.raises(StateError, match="recorded nothing"):  # the backward pass ran the block again, unseen
         tap.read()
+
+
+def test_tap_refuses_outputs_without_a_graph() -> None:
+    class Reentrant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=True)
+
+    x = torch.zeros(1, 2, requires_grad=True)
+    with FeatureTap(model := Reentrant(), ["inner"]), pytest.raises(StateError, match="use_reentrant=False"):
+        model(x)
 
 
 def test_tap_refuses_a_module_that_runs_twice() -> None:

@@ -235,6 +235,7 @@ class Loop:
         seed_globals(self._step(phase.name, self.at.step, phase.steps), "leave")
         model = self._place(self.stack.leave(model, phase))
         check_equal(self.accelerator, f"edits on leaving phase {phase.name!r}", self.stack.edits)
+        self._optim.follow(self._names(model))
         done = {"phase": phase.name, "event": "end", "steps": self.at.step, "seconds": round(self.at.seconds, 4)}
         self._logs.row(done, self.at.total)
         if self.options.on_phase_end is not None and self.accelerator.is_main_process:

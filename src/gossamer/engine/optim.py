@@ -98,6 +98,10 @@ class Optimisers:
                 raise PlanError(f"group {group!r}: parameters must be part of the model or of the method's extra")
             self.active[group] = self._make(model, group, params, (phase.lr or {}).get(group, self._settings.lr))
 
+    def follow(self, names: Mapping[nn.Parameter, str]) -> None:
+        """Take the names after a structural change, so that what vanished is not written to a checkpoint."""
+        self._names = dict(names)
+
     def _make(self, model: nn.Module, group: str, params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         ordinary = group == "weights"
         split = _weight_groups(model, params, self._settings) if ordinary else [{"params": params, "weight_decay": 0.0}]

@@ -100,7 +100,7 @@ class FeatureTap:
         self.paths = tuple(dict.fromkeys(paths))
         self._model = model
         self._training_only = training_only
-        self._recording = False
+        self._recording = self._grad = False
         self._seen: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         known = dict(model.named_modules())
@@ -113,6 +113,7 @@ class FeatureTap:
 
     def _open(self) -> None:
         self._recording = self._model.training or not self._training_only
+        self._grad = torch.is_grad_enabled()
         if not self._recording:
             return
         if any(t.requires_grad for t in self._seen.values()):
@@ -127,6 +128,11 @@ class FeatureTap:
             return
         if not isinstance(output, Tensor):
             raise ModelError(f"module {path!r} returns {type(output).__name__}; a tap needs one tensor")
+        if self._grad and not torch.is_grad_enabled():
+            raise StateError(
+                f"module {path!r} ran without gradients inside a pass that has them (a re-entrant checkpoint), so a "
+                f"loss on its output would train nothing; use checkpoints with use_reentrant=False"
+            )
         if path in self._seen:
             raise StateError(f"module {path!r} ran twice in one forward pass; tap a module that runs once")
         self._seen[path] = output

@@ -17,6 +17,7 @@ from gossamer.core.errors import ModelError, RecipeError
 
 __all__ = [
     "BITS",
+    "ChannelGain",
     "QuantConv2d",
     "QuantLinear",
     "QuantMatMul",
@@ -89,6 +90,24 @@ def spread_rows(scale: Tensor, weight: Tensor) -> Tensor:
     """Return steps [1], [groups] or [out] shaped to broadcast over ``weight`` [out, ...]."""
     rows = scale if scale.numel() == 1 else scale.repeat_interleave(weight.shape[0] // scale.numel())
     return rows.reshape(-1, *[1] * (weight.dim() - 1))
+
+
+class ChannelGain(nn.Module):
+    """Multiplication by one constant per channel (last axis).
+
+    Args:
+        channels: Number of channels; all gains start at 1.
+    """
+
+    gain: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("gain", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x * gain``, x: [..., channels]."""
+        return x * self.gain
 
 
 class _QuantWeights(nn.Module):

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from gossamer.engine.checkpoint import write_json
+from gossamer.pipeline.photos import photo_maps
 from gossamer.pipeline.setup import Setup
 from gossamer.pipeline.stages import StageFolder
-from gossamer.pipeline.photos import photo_maps
 
 __all__ = ["curves", "write_summary"]
 

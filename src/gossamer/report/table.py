@@ -66,7 +66,7 @@ def columns(table: Sequence[Row]) -> list[Column]:
             found.append(Column(f"fp32/{b}", "vs fp32", f"batch {b}", tip))
         if any(is_number(t.get("ratio_best_dense")) for t in timed):
             tip = "Latency of the dense model in this runtime's best precision / this latency; above 1 is faster"
-            found.append(Column(f"best/{b}", "vs best", f"dense, batch {b}", tip))
+            found.append(Column(f"best/{b}", "vs best", f"batch {b}", tip))
     return found
 
 

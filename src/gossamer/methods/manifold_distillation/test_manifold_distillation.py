@@ -301,6 +301,21 @@ def test_no_gradient_reaches_the_teacher_and_no_graph_is_kept() -> None:
     assert method._tap is not None and not method._tap._seen
 
 
+def test_checkpointed_and_autocast_students_get_the_same_gradients() -> None:
+    def gradient(*, checkpointed: bool = False, low: bool = False) -> Tensor:
+        model = vit()
+        model.set_grad_checkpointing(checkpointed)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+            terms = terms_of(ManifoldDistillation(vit(1)), model, batch())
+        assert all(v.dtype == torch.float32 for v in terms.values())
+        sum(terms.values()).backward()
+        return model.blocks[1].attn.qkv.weight.grad
+
+    plain = gradient()
+    assert torch.equal(gradient(checkpointed=True), plain)
+    assert (gradient(low=True) - plain).abs().max() < 0.03 * plain.abs().max()
+
+
 def test_random_draw_depends_on_step_and_is_shared() -> None:
     teacher, data = vit(1), batch()
     method = ManifoldDistillation(teacher, k=8)

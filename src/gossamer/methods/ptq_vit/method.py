@@ -17,6 +17,7 @@ from gossamer.core.method import Edit, Method
 from gossamer.core.schedule import Loader, Phase, Plan, Step
 from gossamer.kits.bit_allocation import allocate_bits, budget_bits, size_mb
 from gossamer.kits.calibration import Walk, calibration_batches
+from gossamer.kits.equalisation import equalise, find_pairs, insert_gains
 from gossamer.kits.quant_layout import (
     Layout,
     WidthOptions,
@@ -65,6 +66,8 @@ class PTQViT(Method):
         bias_correction: Correct biases for the expected output error.
         per_channel: One weight step per output row (extension; the paper has one per tensor).
         unsigned_softmax: Unsigned grid for the softmax output (extension).
+        equalise: Strength in [0, 1] of channel equalisation before the search (extension, see
+            ``kits.equalisation``; changes weights, not the float function); ``None`` for none.
         head_bits: Width of the classifier (the paper leaves it open); ``None`` for float.
         attention_products: Quantize both attention products; the paper does.
         images: Calibration images.
@@ -100,15 +103,17 @@ class PTQViT(Method):
     bias_correction: bool = True
     per_channel: bool = False
     unsigned_softmax: bool = False
+    equalise: float | None = None
     head_bits: int | None = 8
     attention_products: bool = True
     images: int = 32
-    rows: int | None = 64
+    rows: int | None = 32
     inputs: Literal["auto", "quantized", "float", "local"] = "auto"
     low_bits: Literal["simulated", "int8"] = "simulated"
     mixed: MixedPrecision | None = None
     _layout: Layout | None = field(default=None, init=False, repr=False, compare=False)
     _walk: tuple[str, Walk, list[str]] | None = field(default=None, init=False, repr=False, compare=False)
+    _pairs: list[dict[str, str]] = field(default_factory=list, init=False, repr=False, compare=False)
     _state: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     # -- options -------------------------------------------------------------------------------------
@@ -133,6 +138,8 @@ class PTQViT(Method):
                 raise RecipeError(f"ptq_vit: {name}={value}; calibrating needs at least 1. Set {name}, e.g. 32")
         if self.rank_gamma < 0 or self.rank_theta < 0:
             raise RecipeError(f"ptq_vit: rank_gamma={self.rank_gamma}, rank_theta={self.rank_theta}; expected >= 0")
+        if self.equalise is not None and not 0 <= self.equalise <= 1:
+            raise RecipeError(f"ptq_vit: equalise={self.equalise}; allowed are 0..1, or null for none")
         self._search_options().check("ptq_vit")
         if self.mixed is not None:
             check_mixed(self.mixed)
@@ -156,7 +163,8 @@ class PTQViT(Method):
         if phase.name not in (CALIBRATE, SENSITIVITY):
             return None
         if not quant_layers(model):
-            return {"wrap": self._specs(model)}
+            pairs = find_pairs(model, self._known().attentions) if self.equalise is not None else []
+            return {"wrap": self._specs(model), "pairs": pairs}
         return {"bits": self._allocate(model)} if phase.name == CALIBRATE and self.mixed is not None else None
 
     def leave(self, model: nn.Module, phase: Phase) -> Edit | None:
@@ -176,7 +184,8 @@ class PTQViT(Method):
             self._layout = Layout.from_json(edit["layout"])
             return open_layout(model, self._layout.attentions)
         if "wrap" in edit:
-            return wrap_layers(model, edit["wrap"])
+            self._pairs = edit["pairs"]
+            return insert_gains(wrap_layers(model, edit["wrap"]), self._pairs)
         layers = quant_layers(model)
         for name, bits in edit.get("bits", {}).items():
             layers[name].bits = (bits, bits)
@@ -211,6 +220,9 @@ class PTQViT(Method):
             walk = Walk(model, calibration_batches(loaders, self.images, name), replay=find_track(model) is None)
             walk.batches = [b.to(next(model.parameters()).device) for b in walk.batches]
             self._walk = (step.phase, walk, walk.order(quant_layers(model)))
+            if self.equalise is not None and not self._state.get("equalised"):
+                equalise(walk, self._pairs, self.equalise)
+                self._state = {**self._state, "equalised": True}
         return self._walk[1], self._walk[2]
 
     def _unit(self, order: list[str], index: int) -> tuple[str, list[str], list[str]] | None:

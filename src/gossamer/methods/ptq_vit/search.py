@@ -91,7 +91,7 @@ class UnitSearch:
         options: SearchOptions,
         *,
         inputs: Literal["quantized", "float", "local"] = "quantized",
-        rows: int | None = 64,
+        rows: int | None = 32,
         correct_bias: bool = True,
         key: int = 0,
     ) -> None:
