@@ -51,7 +51,9 @@ def test_pearson_is_torchs_correlation():
     draw = torch.Generator().manual_seed(0)
     a, b = torch.randn(5, 4, 30, generator=draw), torch.randn(5, 4, 30, generator=draw)
     b = 0.7 * a + 0.3 * b
-    expected = torch.stack([torch.corrcoef(torch.stack((x.flatten(), y.flatten())))[0, 1] for x, y in zip(a, b)])
+    expected = torch.stack(
+        [torch.corrcoef(torch.stack((x.flatten(), y.flatten())))[0, 1] for x, y in zip(a, b, strict=True)]
+    )
     assert torch.allclose(1 - Similarity(a).losses(b), expected, atol=1e-6)
 
 
@@ -90,7 +92,8 @@ def _linear_problem(bits=4, **options):
     layer = nn.Linear(16, 9)
     with torch.no_grad():
         out = layer(x)
-    initial = (max_scale(layer.weight.detach().abs().reshape(3, -1).amax(1), bits), max_scale(x.abs().max().reshape(1), bits))
+    rows = layer.weight.detach().abs().reshape(3, -1).amax(1)
+    initial = (max_scale(rows, bits), max_scale(x.abs().max().reshape(1), bits))
     return LinearProblem(
         x, out, layer.weight.detach(), layer.bias.detach(), bits=(bits, bits), initial=initial, groups=3, **options
     )
@@ -194,7 +197,8 @@ def test_order_is_that_of_execution_and_replay_equals_the_full_run():
     batches = [torch.randn(3, 3, 32, 32), torch.randn(2, 3, 32, 32)]
     walk = Walk(model, batches)
     order = walk.order(quant_layers(model))
-    assert order[:6] == ["patch_embed.proj"] + [f"blocks.0.attn.{n}" for n in ("qkv", "scores", "values", "proj")] + ["blocks.0.mlp.fc1"]
+    attention = [f"blocks.0.attn.{n}" for n in ("qkv", "scores", "values", "proj")]
+    assert order[:6] == ["patch_embed.proj", *attention, "blocks.0.mlp.fc1"]
     assert order[-1] == "head" and set(order) == set(quant_layers(model))
     full = capture_inputs(walk, "blocks.1.mlp.fc2", RowPick(3, 0))
     walk.start_at("blocks.1")

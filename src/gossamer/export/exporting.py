@@ -14,6 +14,7 @@ from torch import nn
 from gossamer.core.errors import RecipeError, nearest
 from gossamer.models.preprocessing import preprocessing
 from gossamer.models.store import require_disk
+from gossamer.ops import int8  # noqa: F401 - registers the operators that are translated below
 from gossamer.runtimes import get
 
 __all__ = ["Artefact", "export", "export_once", "read_artefact"]

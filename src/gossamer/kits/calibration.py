@@ -59,7 +59,10 @@ def calibration_batches(loaders: Mapping[str, Loader], count: int, step: Step) -
         raise RecipeError(f"calibration: images={count}; calibrating needs at least 1 image. Set images, e.g. 32")
     if "calibration" not in loaders:
         raise DataError("calibration: no images were given; name them (data.calibration) or train on some (data.train)")
-    loader, found, seen, total = loaders["calibration"], [], set(), 0
+    loader = loaders["calibration"]
+    found: list[Tensor] = []
+    seen: set[str] = set()
+    total = 0
     while total < count:
         batch = loader(Step(step.phase, "calibration", len(found), count, step.seed, 0))
         images, ids = batch["image"], batch.get("id")
@@ -383,7 +386,7 @@ def capture_outputs(walk: Walk, picks: Mapping[str, RowPick]) -> dict[str, Captu
 
 def mean_quantized_input(walk: Walk, name: str) -> tuple[Tensor, Tensor]:
     """Return the mean rows [in] of a weight layer's input, plain and on its grid, over everything that passes."""
-    layer = walk.model.get_submodule(name)
+    layer: Any = walk.model.get_submodule(name)
     plain, grid = _Sums(), _Sums()
 
     def observe(inputs: tuple[Tensor, ...], out: Tensor | None, batch: int) -> None:

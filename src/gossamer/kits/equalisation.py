@@ -62,7 +62,7 @@ def insert_gains(model: nn.Module, pairs: Sequence[Pair]) -> nn.Module:
     """Put a gain of ones where a multiplication will stay."""
     for pair in pairs:
         if pair["kind"] == "gain":
-            weight = model.get_submodule(pair["target"]).weight
+            weight: Any = model.get_submodule(pair["target"]).weight
             replace_module(model, pair["source"], ChannelGain(weight.shape[1]).to(weight.device))
     return model
 
@@ -125,6 +125,6 @@ def equalise(walk: Walk, pairs: Sequence[Pair], strength: float) -> None:
     gap = (model(walk.batches[0]) - before).abs().max() / before.abs().max().clamp_min(_FLOOR)
     if not gap <= _TOLERANCE:
         raise ModelError(
-            f"equalise: outputs of {type(model).__name__} changed by {float(gap):.2g} of the largest; expected pre-norm "
-            f"blocks in which norm1 feeds attn and norm2 feeds mlp. Set equalise to null"
+            f"equalise: outputs of {type(model).__name__} changed by {float(gap):.2g} of the largest; expected "
+            f"pre-norm blocks in which norm1 feeds attn and norm2 feeds mlp. Set equalise to null"
         )

@@ -122,7 +122,9 @@ def find_layout(model: nn.Module, *, products: bool = True) -> Layout:
     """
     for name, module in model.named_modules():
         if isinstance(module, (*QUANT_TYPES, *_INT8_TYPES)):
-            raise ModelError(f"layer {name!r} is {type(module).__name__}: the model is already quantized; pass the float one")
+            raise ModelError(
+                f"layer {name!r} is {type(module).__name__}: the model is already quantized; pass the float one"
+            )
     views = attention_views(model)
     if not views:
         raise ModelError(
@@ -140,7 +142,8 @@ def find_layout(model: nn.Module, *, products: bool = True) -> Layout:
         if reason:
             skipped[name] = reason
             continue
-        block = max((b for b in units if b and name.startswith(b + ".") and b in blocks.values()), key=len, default=None)
+        around = [b for b in blocks.values() if name.startswith(b + ".")]
+        block = max(around, key=len, default=None)
         units.setdefault(block or name, []).append(name)
         if block:
             home = next((a for a in blocks if name.startswith(a + ".")), f"{block}.mlp")
@@ -177,7 +180,9 @@ def wrap_layers(model: nn.Module, specs: Mapping[str, Mapping[str, Any]]) -> nn.
         try:
             source = model.get_submodule(name)
         except AttributeError:
-            raise ModelError(f"layer {name!r} is gone since the model was prepared; quantize the finished model") from None
+            raise ModelError(
+                f"layer {name!r} is gone since the model was prepared; quantize the finished model"
+            ) from None
         bits = (spec.bits[0], spec.bits[1])
         if spec.kind == "product" and type(source) is MatMul:
             new: nn.Module = QuantMatMul(bits, (spec.signed[0], spec.signed[1]))
@@ -223,7 +228,7 @@ def layer_specs(model: nn.Module, layout: Layout, options: WidthOptions) -> dict
             signed = (leaf == "scores" or not options.unsigned_softmax, True)
             spec = LayerSpec("product", (options.a_bits, options.a_bits), 0, signed)
         else:
-            layer = model.get_submodule(name)
+            layer: Any = model.get_submodule(name)
             bits = (options.w_bits, options.a_bits)
             if name in layout.heads and options.head_bits is not None:
                 bits = (options.head_bits, options.head_bits)
@@ -254,11 +259,11 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLinear | QuantConv2d | Quan
 
 def weight_counts(model: nn.Module, names: Sequence[str]) -> int:
     """Return the number of weights (biases not counted) of the named layers."""
-    layers = (model.get_submodule(n) for n in names)
+    layers: list[Any] = [model.get_submodule(n) for n in names]
     return sum(m.weight.numel() for m in layers if hasattr(m, "weight"))
 
 
-def _as_int8(layer: nn.Module) -> nn.Module:
+def _as_int8(layer: Any) -> nn.Module:
     if isinstance(layer, QuantMatMul):
         return Int8MatMul.from_scales(layer.a_scale, layer.b_scale, signed=layer.signed, bits=layer.bits)
     form = Int8Linear if isinstance(layer, QuantLinear) else Int8Conv2d
@@ -268,7 +273,7 @@ def _as_int8(layer: nn.Module) -> nn.Module:
     )  # fmt: skip
 
 
-def _as_float(layer: nn.Module) -> nn.Module:
+def _as_float(layer: Any) -> nn.Module:
     if isinstance(layer, QuantMatMul):
         return MatMul()
     new: nn.Linear | nn.Conv2d
@@ -296,7 +301,10 @@ def finish_layers(model: nn.Module, forms: Mapping[str, str]) -> nn.Module:
     for name, form in forms.items():
         layer = model.get_submodule(name)
         if not isinstance(layer, QUANT_TYPES) or form not in FINAL_FORMS:
-            raise ModelError(f"layer {name!r} is {type(layer).__name__}, form {form!r}; expected a wrapped layer and one of {FINAL_FORMS}")
+            raise ModelError(
+                f"layer {name!r} is {type(layer).__name__}, form {form!r}; expected a wrapped layer and one of "
+                f"{FINAL_FORMS}"
+            )
         if form == "simulated":
             layer.active = True
             if not isinstance(layer, QuantMatMul):

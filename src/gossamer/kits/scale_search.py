@@ -204,7 +204,8 @@ class LinearProblem:
 
     def _weight(self, group: int, scale: Tensor | None = None) -> Tensor:
         weight = self.weights[group]
-        return fake_quantize(weight, spread_rows(self.scales[f"weight.{group}"] if scale is None else scale, weight), self.bits[0])
+        scale = self.scales[f"weight.{group}"] if scale is None else scale
+        return fake_quantize(weight, spread_rows(scale, weight), self.bits[0])
 
     def outputs(self) -> list[Tensor]:
         """Return each group's output [S, R, out / groups] under the current steps."""
@@ -248,8 +249,9 @@ class LinearProblem:
         xq, outputs = self._input(self.scales["input"]), []
         for g, target in enumerate(self.targets):
             plain = F.linear(xq, self._weight(g))
-            self.biases[g] = (target - plain).double().mean((0, 1)).to(plain.dtype)
-            outputs.append(plain + self.biases[g])
+            bias = (target - plain).double().mean((0, 1)).to(plain.dtype)
+            self.biases[g] = bias
+            outputs.append(plain + bias)
         return self._loss(outputs)
 
 

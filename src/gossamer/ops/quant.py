@@ -172,7 +172,8 @@ class _QuantWeights(nn.Module):
         return fake_quantize(x, self.input_scale, self.bits[1], self.signed), self.quantized_weight(), self.bias
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, bits={self.bits}, num_scales={len(self.weight_scale)}, active={self.active}"
+        shape, steps = tuple(self.weight.shape), len(self.weight_scale)
+        return f"{shape}, bits={self.bits}, num_scales={steps}, active={self.active}"
 
 
 class QuantLinear(_QuantWeights):

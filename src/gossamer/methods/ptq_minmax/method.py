@@ -150,7 +150,9 @@ class PTQMinMax(Method):
         rows = []
         for name in self._reached:
             layer = model.get_submodule(name)
-            rows.append({"layer": name, "bits": f"{layer.weight_bits}x{layer.input_bits}", "form": type(layer).__name__})
+            rows.append(
+                {"layer": name, "bits": f"{layer.weight_bits}x{layer.input_bits}", "form": type(layer).__name__}
+            )
         facts = {"activation percentile": self.percentile, "calibration images asked for": self.images}
         return {"facts": facts, "tables": [{"title": "Quantized layers", "rows": rows}]}
 

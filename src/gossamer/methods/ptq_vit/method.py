@@ -149,7 +149,13 @@ class PTQViT(Method):
 
     def _objective(self) -> Objective:
         return Objective(
-            self.metric, self.rank_gamma, self.rank_theta, self.rank_on, self.rank_reduction, self.rank_rows, self.rank_pairs
+            self.metric,
+            self.rank_gamma,
+            self.rank_theta,
+            self.rank_on,
+            self.rank_reduction,
+            self.rank_rows,
+            self.rank_pairs,
         )
 
     # -- structure -------------------------------------------------------------------------------------
@@ -240,7 +246,10 @@ class PTQViT(Method):
             inputs = "quantized" if walk.replay else "local"
         options, objective = self._search_options(), self._objective()
         if mixed:  # ranking candidate widths needs less than the final steps do
-            options, objective = replace(options, max_iter=min(1, self.max_iter), coarse=True), replace(objective, gamma=0.0)
+            options, objective = (
+                replace(options, max_iter=min(1, self.max_iter), coarse=True),
+                replace(objective, gamma=0.0),
+            )
         key = replace(step, index=0).key("ptq_vit.rows") % 2**31
         return UnitSearch(
             walk, self._known().attentions, objective, options, inputs=inputs, rows=self.rows,
@@ -281,7 +290,8 @@ class PTQViT(Method):
         decisions = {m: [n for n in names if n in layers] for m, names in decisions.items() if m in omegas}
         sizes = {m: weight_counts(model, names) for m, names in decisions.items()}
         decided = {n for names in decisions.values() for n in names}
-        fixed = sum(m.weight.numel() * m.bits[0] for n, m in layers.items() if n not in decided and hasattr(m, "weight"))
+        outside = [m for n, m in layers.items() if n not in decided and not isinstance(m, QuantMatMul)]
+        fixed = sum(m.weight.numel() * m.bits[0] for m in outside)
         widths = allocate_bits(omegas, sizes, budget_bits(mixed["budget"], sum(sizes.values()), fixed))
         self._state = {**self._state, "widths": widths}
         return {n: widths[m] for m, names in decisions.items() for n in names}
@@ -294,7 +304,7 @@ class PTQViT(Method):
             return {}
         rows, bits, weights, forms = [], 0, 0, {"int8": 0, "simulated": 0}
         for r in records:
-            layer = model.get_submodule(r["layer"])
+            layer: Any = model.get_submodule(r["layer"])
             count = layer.weight.numel() if hasattr(layer, "weight") else 0
             bits, weights = bits + count * r["bits"][0], weights + count
             simulated = isinstance(layer, QuantMatMul) or hasattr(layer, "active")

@@ -134,6 +134,7 @@ class UnitSearch:
     @torch.no_grad()
     def _layer(self, name: str, target: Captured | None) -> dict[str, Any]:
         layer, seen = self.layers[name], self._seen(name)
+        out: Any
         if isinstance(layer, QuantMatMul):
             out = seen.parts[0] @ seen.parts[1] if target is None else target.out
             problem: ProductProblem | LinearProblem = self.product_problem(name, layer, seen, out)

@@ -16,6 +16,7 @@ from gossamer.core.errors import DataError, ModelError, RecipeError, StateError
 from gossamer.core.registry import build, options_of
 from gossamer.core.schedule import Phase, Plan, Step
 from gossamer.core.stack import Stack
+from gossamer.export.exporting import export
 from gossamer.kits.bit_allocation import size_mb
 from gossamer.kits.calibration import calibrate
 from gossamer.kits.example import tiny_vit
@@ -33,6 +34,7 @@ from gossamer.methods.ptq_vit.maths import (
 )
 from gossamer.ops.int8 import Int8Conv2d, Int8Linear, Int8MatMul
 from gossamer.ops.quant import fake_quantize, max_scale
+from gossamer.runtimes import get
 
 FAST = {"n_candidates": 8, "max_iter": 2}
 
@@ -145,7 +147,9 @@ def test_sensitivity_formula():
 # -- a calibrated model -----------------------------------------------------------------------------------
 def test_search_beats_max_abs(quantized):
     done, plain, _, images = quantized
-    start = calibrate(PTQViT(w_bits=6, a_bits=6, head_bits=6, max_iter=0, bias_correction=False), copy.deepcopy(plain), images)
+    start = calibrate(
+        PTQViT(w_bits=6, a_bits=6, head_bits=6, max_iter=0, bias_correction=False), copy.deepcopy(plain), images
+    )
     with torch.no_grad():
         expected = plain(images)
         errors = [float((m(images) - expected).square().mean()) for m in (done, start)]
@@ -209,7 +213,11 @@ def test_eight_bits_become_integer_layers_of_the_same_function():
     for phase in stack.phases(Plan([Phase("fit", 0)])):
         model = stack.enter(model, phase)
         for i in range(phase.steps if phase.work else 0):
-            phase.work(model, {"calibration": lambda s: {"image": images, "id": list("abcdef")}}, Step(phase.name, "work", i, phase.steps))
+            phase.work(
+                model,
+                {"calibration": lambda s: {"image": images, "id": list("abcdef")}},
+                Step(phase.name, "work", i, phase.steps),
+            )
         model = stack.leave(model, phase)
     with torch.no_grad():
         simulated = model(images)
@@ -223,7 +231,9 @@ def test_eight_bits_become_integer_layers_of_the_same_function():
 def test_low_widths_are_simulated_and_said_so(quantized):
     done, _, method, _ = quantized
     facts = method.describe(done)["facts"]
-    assert facts["layers only simulated in float (no kernel at their width)"] == 20 and facts["layers in real 8 bit"] == 0
+    assert (
+        facts["layers only simulated in float (no kernel at their width)"] == 20 and facts["layers in real 8 bit"] == 0
+    )
     carried = calibrate(PTQViT(w_bits=6, a_bits=6, low_bits="int8", **FAST), tiny_vit().eval(), _images())
     assert not quant_layers(carried)
 
@@ -296,7 +306,9 @@ def test_equalisation_keeps_the_float_function_and_tames_outliers(name):
     model = tiny_vit().eval()
     if name != "vit":
         torch.manual_seed(0)
-        model = timm.create_model(name, num_classes=5, img_size=56, depths=(1, 1), num_heads=(1, 2), embed_dim=16).eval()
+        model = timm.create_model(
+            name, num_classes=5, img_size=56, depths=(1, 1), num_heads=(1, 2), embed_dim=16
+        ).eval()
     images = _images(4, 56 if name != "vit" else 32)
     with torch.no_grad():
         blocks = [m for m in model.modules() if hasattr(m, "norm1")]
@@ -330,7 +342,11 @@ def _mixed(**mixed):
 
 
 def _size(model):
-    return sum(m.weight.numel() * m.bits[0] for n, m in quant_layers(model).items() if n.startswith("blocks") and hasattr(m, "weight"))
+    return sum(
+        m.weight.numel() * m.bits[0]
+        for n, m in quant_layers(model).items()
+        if n.startswith("blocks") and hasattr(m, "weight")
+    )
 
 
 @pytest.mark.parametrize("granularity", ["msa_mlp", "layer"])
@@ -347,7 +363,9 @@ def test_mixed_precision_keeps_the_budget(granularity):
     for name, width in state["widths"].items():
         if granularity == "msa_mlp":
             prefix = name.removesuffix("mlp") if name.endswith("mlp") else name
-            inside = [m.bits for n, m in layers.items() if n.startswith(name if name.endswith("attn") else prefix + "mlp")]
+            inside = [
+                m.bits for n, m in layers.items() if n.startswith(name if name.endswith("attn") else prefix + "mlp")
+            ]
             assert set(inside) == {(width, width)}
 
 
@@ -398,6 +416,20 @@ def test_refusals():
     model = stack.prepare(tiny_vit())
     with pytest.raises(StateError, match="no layer is calibrated"):
         stack.finish(model)
+
+
+@pytest.mark.parametrize("bits", [6, 8])
+def test_the_exported_graph_gives_the_simulated_logits(tmp_path, bits):
+    """The same steps as QuantizeLinear / DequantizeLinear (8 bit) or round and clip (else) in ONNX Runtime."""
+    images = _images(4)
+    method = PTQViT(w_bits=bits, a_bits=bits, unsigned_softmax=True, equalise=0.8, per_channel=True, **FAST)
+    done = calibrate(method, tiny_vit().eval(), images)
+    artefact = export(done, tmp_path / "onnx", format="onnx", batch=4)
+    got = torch.from_numpy(get("onnxruntime").load(artefact.graph).run(images.numpy()))
+    with torch.no_grad():
+        expected = done(images)
+    error = (got - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert error < 1e-3
 
 
 # -- figures ---------------------------------------------------------------------------------------------------
