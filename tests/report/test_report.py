@@ -115,3 +115,10 @@ def test_token_counts_of_a_method_become_the_chart(fake_run, tmp_path):
     run = fake_run(tokens={"in": 197, "after_prune": [190, 150], "after_merge": [180, 140]})
     html = build_report([run], tmp_path / "r.html").read_text()
     assert "block 1: 140 of 197 tokens kept" in html and "30 pruned here" in html and "10 merged here" in html
+
+
+def test_layers_come_from_a_methods_table(fake_run, tmp_path):
+    rows = [{"layer": "blocks.0.attn.qkv", "bits": "8x6", "relative error": 0.01, "correlation": 0.9995}]
+    run = fake_run(quantization=[], methods={"Q": {"tables": [{"title": "Quantized layers", "rows": rows}]}})
+    html = build_report([run], tmp_path / "r.html").read_text()
+    assert 'id="r0-layers"' in html and "weight bits: 8" in html and "activation bits: 6" in html

@@ -268,12 +268,18 @@ class RowPick:
     Windows are kept whole as far as the limit allows.
 
     Args:
-        limit: Rows per sample, or ``None`` for all.
+        limit: Rows per sample, or ``None`` for all. A few rows can miss the very tokens that carry
+            a transformer's largest activations; prefer fewer ``images``.
         key: Seed of the choice.
+        images: Samples, counted from the first, or ``None`` for all.
     """
 
-    def __init__(self, limit: int | None, key: int) -> None:
-        self.limit, self._key = limit, key
+    def __init__(self, limit: int | None, key: int, images: int | None = None) -> None:
+        self.limit, self._key, self.images = limit, key, images
+
+    def samples(self, x: Tensor, before: int) -> Tensor:
+        """Return the samples of ``x`` [S, ...] to keep when ``before`` of the same layer are kept already."""
+        return x if self.images is None else x[: max(0, self.images - before)]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the kept part of ``x`` [S, windows, ..., rows, C]."""
@@ -342,15 +348,19 @@ class _InputObserver:
     kept: list[tuple[Tensor, ...]] = field(default_factory=list)
     top: list[Tensor] = field(default_factory=list)
     complete: bool = True
+    samples: int = 0
 
     def __call__(self, inputs: tuple[Tensor, ...], out: Tensor | None, batch: int) -> None:
         parts = operands(self.name, self.layer, inputs, batch)
         tops = [p.abs().amax().reshape(1) for p in parts]
         self.top = tops if not self.top else [torch.maximum(a, b) for a, b in zip(self.top, tops, strict=True)]
-        self.complete = self.complete and self.pick.complete(parts[0])
+        few = tuple(self.pick.samples(p, self.samples) for p in parts)
+        self.complete = self.complete and self.pick.complete(parts[0]) and len(few[0]) == len(parts[0])
+        parts = few
         # the right operand of a product is needed whole: every kept row meets all of it
         whole = [self.pick.windows(p, parts[0].shape[-2]).clone() for p in parts[1:]]
         self.kept.append((self.pick(parts[0]).clone(), *whole))
+        self.samples += len(parts[0])
 
 
 def capture_inputs(walk: Walk, name: str, pick: RowPick) -> Captured:
@@ -372,7 +382,8 @@ def capture_outputs(walk: Walk, picks: Mapping[str, RowPick]) -> dict[str, Captu
         def observe(inputs: tuple[Tensor, ...], out: Tensor | None, batch: int) -> None:
             assert out is not None  # noqa: S101 - a forward hook always has one
             by_sample = result(name, layer, out, batch)
-            kept[name].append(picks[name](by_sample).clone())
+            few = picks[name].samples(by_sample, sum(map(len, kept[name])))
+            kept[name].append(picks[name](few).clone())
             if not isinstance(layer, QuantMatMul):
                 sums[name].add(by_sample)
 

@@ -27,7 +27,7 @@ def match_cosine(src: Tensor, dst: Tensor, num_prefix: int) -> tuple[Tensor, Ten
         num_prefix: Leading destinations that take no sources.
     """
     src, dst = src.detach(), dst.detach()
-    scores = src @ (dst * dst.square().sum(-1, keepdim=True).rsqrt()).transpose(-2, -1)
+    scores = src @ dst.transpose(-2, -1) * dst.square().sum(-1).rsqrt().unsqueeze(1)
     blocked = torch.zeros(dst.shape[1], dtype=dst.dtype, device=dst.device)
     blocked[:num_prefix] = float("-inf")
     best, index = (scores + blocked).max(-1)

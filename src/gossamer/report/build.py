@@ -141,9 +141,29 @@ def _tokens(data: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _quantization(data: RunData) -> list[dict[str, Any]]:
+    """Return the quantized layers: as given, else from the methods' tables whose rows have layer and bits ("8x8")."""
+    if data.get("quantization"):
+        return data["quantization"]
+    tables = [t for about in (data.get("methods") or {}).values() for t in about.get("tables") or []]
+    rows = []
+    for row in (
+        r for t in tables for r in t.get("rows") or [] if isinstance(r, Mapping) and {"layer", "bits"} <= set(r)
+    ):
+        widths = [int(b) for b in str(row["bits"]).split("x") if b.isdigit()]
+        errors = {
+            "error": row.get("error", row.get("relative error")),
+            "gamma": row.get("gamma", row.get("correlation")),
+        }
+        if widths:
+            rows.append({"layer": row["layer"], "bits_w": widths[0], "bits_a": widths[-1], **errors})
+    return rows
+
+
 def _run(data: RunData, folder: Path, prefix: str) -> dict[str, Any]:
     rows = data.get("table") or []
     tokens = _tokens(data.get("tokens") or {})
+    layers = _quantization(data)
     return {
         "id": prefix,
         "title": data["title"],
@@ -157,8 +177,8 @@ def _run(data: RunData, folder: Path, prefix: str) -> dict[str, Any]:
         "tokens": charts.tokens(tokens),
         "schedule": tokens.get("schedule") or "",
         "photos": _photos(data, folder),
-        "layers": charts.layers(data.get("quantization") or []),
-        "layer_rows": data.get("quantization") or [],
+        "layers": charts.layers(layers),
+        "layer_rows": layers,
         "curves": _curves(data),
         "profiles": _profiles(data),
         "methods": _methods(data),

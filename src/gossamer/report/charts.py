@@ -99,7 +99,7 @@ def layers(rows: Sequence[Mapping[str, Any]]) -> Markup:
         for i, r in enumerate(rows):
             tip = [str(r.get("layer", i))]
             tip += [f"{n}: {r[k]:.4g}" for n, k in (("weight bits", "bits_w"), ("activation bits", "bits_a"),
-                    ("error", "error"), ("ranking-loss weight", "gamma")) if is_number(r.get(k))]  # fmt: skip
+                    ("error", "error"), ("correlation", "gamma")) if is_number(r.get(k))]  # fmt: skip
             hit = el("rect", x=x(i), y=20, width=(x(1) - x(0)), height=height - 46, cls="hit")
             if is_number(r.get("error")):
                 h = y(0) - y(r["error"])

@@ -154,6 +154,14 @@ class GatedBlock(_RankingBlock):
         for name, on in zip(("prune_logits", "merge_logits"), switches, strict=True):
             self.register_parameter(name, nn.Parameter(torch.zeros_like(self.candidates)) if on else None)
 
+    def start(self, prune: int, merge: int) -> None:
+        """Let both counts start near a number: bell-shaped probabilities a twelfth of the patches wide."""
+        width = max(1.0, len(self.candidates) * self.gate.granularity / 12)
+        for logits, kept in ((self.prune_logits, prune), (self.merge_logits, merge)):
+            if logits is not None:
+                centre = min(kept, self.num_tokens) - self.num_prefix
+                logits.data = -0.5 * ((self.candidates - centre) / width).square()
+
     def count(self, logits: Tensor | None) -> Tensor:
         """Return the count that ``logits`` stand for, a scalar with gradient; all tokens without logits."""
         if logits is None:

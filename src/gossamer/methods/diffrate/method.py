@@ -8,7 +8,7 @@ number of prefix tokens, the found schedule is moved onto the budget, and a devi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -26,7 +26,14 @@ from gossamer.kits.token_reduction import (
     token_macs,
 )
 from gossamer.methods.diffrate.layers import Gate, GatedBlock, ReducedBlock, Rules
-from gossamer.methods.diffrate.schedules import Free, Schedule, fit_schedule, lowest_schedule, resolve_schedule
+from gossamer.methods.diffrate.schedules import (
+    Free,
+    Schedule,
+    fit_schedule,
+    lowest_schedule,
+    ramp_schedule,
+    resolve_schedule,
+)
 from gossamer.models.contracts import TokenView
 from gossamer.models.timm_adapter import token_view
 from gossamer.ops.token_blocks import TokenBlock
@@ -51,6 +58,9 @@ class DiffRate(Method):
         schedule: Skip the search: name of a released list (``"deit_small/2.9"``) or
             ``{"prune": [...], "merge": [...]}``, tokens kept per block with the prefix.
         search_steps: Steps of the search.
+        start: ``"ramp"`` (counts that fall evenly and meet the budget: works within tens of steps) or
+            ``"uniform"`` (published: all candidates alike, about half the tokens everywhere; wants
+            thousands of steps).
         granularity: Step between candidate counts.
         lr: Learning rate of the rates (AdamW without weight decay, cosine).
         min_lr_ratio: Final over first learning rate.
@@ -80,6 +90,7 @@ class DiffRate(Method):
     macs: str | float = "60%"
     schedule: str | dict[str, list[int]] | None = None
     search_steps: int = 300
+    start: str = "ramp"
     granularity: int = 1
     lr: float = 0.01
     min_lr_ratio: float = 0.1
@@ -121,8 +132,12 @@ class DiffRate(Method):
         if phase.name != SEARCH:
             return None
         view = reducible_view(model, "diffrate", self.num_tokens, self.num_prefix)
-        units = self._units(len(view.blocks))
-        return {**_layout(view), "do": "gate", "num_tokens": view.num_tokens, "units": units}
+        edit = {**_layout(view), "do": "gate", "num_tokens": view.num_tokens, "units": self._units(len(view.blocks))}
+        if self.start == "uniform":
+            return {**edit, "start": None}
+        cost, spare = token_macs(model, view), view.pool == "token" and view.has_class_token
+        ramp = ramp_schedule(self._limits(view), cost, self._target(model, view), spare_last=spare)
+        return {**edit, "start": [list(ramp.prune), list(ramp.merge)]}
 
     def leave(self, model: nn.Module, phase: Phase) -> Edit | None:
         """Read the schedule from the rates, move it onto the budget and make it physical."""
@@ -139,7 +154,7 @@ class DiffRate(Method):
         if find_track(model) is None:
             install_blocks(model, edit["blocks"], edit["layout"])
         if edit["do"] == "gate":
-            swap_blocks(model, lambda block: self._gated(block, edit["num_tokens"], edit["units"][block.index]))
+            swap_blocks(model, lambda block: self._gated(block, edit))
         else:
             rules = self._rules(self.clamp_final)
             swap_blocks(
@@ -200,6 +215,7 @@ class DiffRate(Method):
         allowed = {
             "budget_unit": ("gmacs", "relative"),
             "form": ("faithful", "device"),
+            "start": ("ramp", "uniform"),
             "importance": ("attention", "order"),
         }
         for name, values in allowed.items():
@@ -230,10 +246,14 @@ class DiffRate(Method):
             raise RecipeError("diffrate: every block is protected; leave at least one to reduce")
         return [0 if i not in free else (1 if i == depth - 1 else tile) for i in range(depth)]
 
-    def _gated(self, block: TokenBlock, num_tokens: int, unit: int) -> GatedBlock:
+    def _gated(self, block: TokenBlock, edit: Edit) -> GatedBlock:
+        unit = edit["units"][block.index]
         switches = (self.prune and unit > 0, self.merge and unit > 0)
         gate = Gate(self.granularity, max(unit, 1))
-        return GatedBlock(block, num_tokens, gate, self._rules(self.clamp_search), switches)
+        new = GatedBlock(block, edit["num_tokens"], gate, self._rules(self.clamp_search), switches)
+        if edit["start"] is not None:
+            new.start(edit["start"][0][block.index], edit["start"][1][block.index])
+        return new
 
     def _gated_view(self, model: nn.Module) -> TokenView:
         blocks = _gated_blocks(model)
@@ -241,15 +261,17 @@ class DiffRate(Method):
             raise ModelError("diffrate: the model holds no learnable rates; enter the phase 'diffrate.search' first")
         return token_view(model, blocks[0].num_tokens, blocks[0].num_prefix)
 
-    def _lowest(self, unit: int, num_prefix: int) -> int:
-        return max(num_prefix + 1, unit)
+    def _limits(self, view: TokenView) -> list[Free | None]:
+        """Return what may change in each block, before anything is known of the probabilities."""
+        lowest = [min(max(view.num_prefix + 1, u), view.num_tokens) for u in self._units(len(view.blocks))]
+        switches = (self.prune, self.merge)
+        units = self._units(len(view.blocks))
+        return [Free((), (), u, low, switches) if u else None for u, low in zip(units, lowest, strict=True)]
 
     def _target(self, model: nn.Module, view: TokenView) -> int:
         """Return the budget in MACs after checking that some schedule meets it."""
         cost = token_macs(model, view)
-        units = self._units(len(view.blocks))
-        free = [Free((), (), u, min(self._lowest(u, view.num_prefix), view.num_tokens)) if u else None for u in units]
-        lowest = cost(lowest_schedule(free, view.num_tokens).merge)
+        lowest = cost(lowest_schedule(self._limits(view), view.num_tokens).merge)
         return parse_macs(self.macs, cost.dense, lowest, "diffrate")
 
     def _searched(self, model: nn.Module) -> Schedule:
@@ -259,13 +281,11 @@ class DiffRate(Method):
         return Schedule.monotone(prune, merge, blocks[0].num_tokens)
 
     def _free(self, model: nn.Module, view: TokenView) -> list[Free | None]:
-        units, free = self._units(len(view.blocks)), []
-        for unit, block in zip(units, _gated_blocks(model), strict=True):
-            if not unit:
-                free.append(None)
-                continue
+        """Return what may change in each block, with the probabilities that the search found."""
+        free: list[Free | None] = []
+        for limit, block in zip(self._limits(view), _gated_blocks(model), strict=True):
             prune, merge = (block.probability(g).tolist() for g in (block.prune_logits, block.merge_logits))
-            free.append(Free(prune, merge, unit, self._lowest(unit, view.num_prefix), (self.prune, self.merge)))
+            free.append(limit and replace(limit, prune=prune, merge=merge))
         return free
 
 

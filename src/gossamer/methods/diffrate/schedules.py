@@ -12,7 +12,7 @@ from typing import Any
 from gossamer.core.errors import RecipeError, nearest
 from gossamer.ops.token_rates import TokenMacs
 
-__all__ = ["Free", "Schedule", "fit_schedule", "lowest_schedule", "released", "resolve_schedule"]
+__all__ = ["Free", "Schedule", "fit_schedule", "lowest_schedule", "ramp_schedule", "released", "resolve_schedule"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,43 @@ def lowest_schedule(free: Sequence[Free | None], num_tokens: int) -> Schedule:
     """Return the smallest schedule the search may choose."""
     counts = [num_tokens if f is None else f.lowest for f in free]
     return Schedule.monotone(counts, counts, num_tokens)
+
+
+def ramp_schedule(free: Sequence[Free | None], macs: TokenMacs, target: int, *, spare_last: bool) -> Schedule:
+    """Return counts that fall evenly from block to block and meet a budget: a start for short searches.
+
+    Half of what leaves a block is pruned, half merged (all of it by the one that is on). A block that
+    stands for several (the next free one is further down) takes the count at their middle.
+
+    Args:
+        free: What may change, per block; ``None`` for a block that keeps its tokens.
+        macs: Cost of a schedule.
+        target: Budget in MACs.
+        spare_last: Start the last block, if it is free, at its fewest tokens: nothing reads the patch
+            tokens after the last attention of a class-token model.
+    """
+    depth, top = len(free), macs.num_tokens
+    chosen = [b for b, f in enumerate(free) if f is not None]
+    middle = {b: (b + nxt - 1) / 2 for b, nxt in zip(chosen, [*chosen[1:], depth], strict=True)}
+
+    def at(slope: float) -> Schedule:
+        prune, merge, n = [], [], top
+        for block, choice in enumerate(free):
+            if choice is None:
+                prune.append(n)
+                merge.append(n)
+                continue
+            last = spare_last and block == depth - 1
+            new = choice.lowest if last else max(choice.lowest, round(top - slope * (middle[block] - chosen[0] + 1)))
+            new = min(n, new)
+            half = {(True, False): new, (False, True): n}.get(choice.switches, (n + new) // 2)
+            prune.append(half)
+            merge.append(new)
+            n = new
+        return Schedule(tuple(prune), tuple(merge))
+
+    steps = [top * k / 512 for k in range(513)]
+    return next((s for s in map(at, steps) if macs(s.merge) <= target), at(steps[-1]))
 
 
 def _lowered(schedule: Schedule, free: Sequence[Free | None], num_tokens: int, block: int) -> tuple[Schedule, float] | None:

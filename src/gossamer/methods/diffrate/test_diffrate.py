@@ -125,7 +125,7 @@ def test_small_forward_equals_the_release() -> None:
 
 
 def test_search_forward_and_gradients_equal_the_release() -> None:
-    oracle, method = ORACLE["small/train"], DiffRate(macs="80%")
+    oracle, method = ORACLE["small/train"], DiffRate(macs="80%", start="uniform")
     _, model, _ = searching(small(), method)
     spread(model)
     logits = model.train()(wave((3, 3, 48, 48), 7))
@@ -285,7 +285,7 @@ def search(model: nn.Module, method: DiffRate, task: bool = True) -> nn.Module:
     return stack, stack.finish(stack.leave(model.eval(), phase))
 
 
-@pytest.mark.parametrize("options", [{}, {"form": "device", "tile": 4, "blocks": [0, 1, 2, 3], "protected_blocks": []}])
+@pytest.mark.parametrize("options", [{}, {"start": "uniform"}, {"form": "device", "tile": 4, "blocks": [0, 1, 2, 3], "protected_blocks": []}])
 def test_search_meets_its_budget(options: dict) -> None:
     method = DiffRate(macs="70%", search_steps=30, lr=0.1, budget_unit="relative", **options)
     stack, model = search(small(), method, task=False)
@@ -293,7 +293,7 @@ def test_search_meets_its_budget(options: dict) -> None:
     assert 0.69 <= facts["macs_share"] <= 0.70
     assert all(isinstance(b, ReducedBlock) for b in token_blocks(model))
     assert model.state_dict().keys() == small().state_dict().keys()
-    if options:
+    if "tile" in options:
         assert all(n % 4 == 0 or n == 37 for n in method.describe(model)["tokens"]["after_merge"][:-1])
     again = Stack([method]).replay(small(), stack.lasting_edits()).eval()
     x = wave((3, 3, 48, 48), 7)
@@ -301,7 +301,7 @@ def test_search_meets_its_budget(options: dict) -> None:
 
 
 def test_search_without_task_reaches_the_budget_by_itself() -> None:
-    method = DiffRate(macs="70%", search_steps=80, lr=0.05, budget_unit="relative")
+    method = DiffRate(macs="70%", search_steps=80, lr=0.05, budget_unit="relative", start="uniform")
     stack, _ = search(small(), method, task=False)
     found = stack.edits[-1][1]["searched"]
     cost = token_macs(small(), token_view(small()))
@@ -367,6 +367,17 @@ def test_search_memory_is_that_of_a_plain_step() -> None:
     assert saved(model.train(), x) <= 1.1 * saved(plain, x)
 
 
+@pytest.mark.parametrize("options", [{}, {"merge": False}, {"form": "device", "tile": 4, "protected_blocks": []}])
+def test_a_ramp_starts_near_the_budget(options: dict) -> None:
+    method = DiffRate(macs="70%", **options)
+    stack, model, _ = searching(small(), method)
+    prune, merge = stack.edits[-1][1]["start"]
+    cost = token_macs(small(), token_view(small()))
+    assert 0.6 * cost.dense < cost(merge) <= 0.7 * cost.dense
+    assert all(m <= p for p, m in zip(prune, merge, strict=True))
+    assert method.expected_macs(model).item() / cost.dense == pytest.approx(0.7, abs=0.1)
+
+
 # -- schedules and refusals --------------------------------------------------------------------------
 def test_fit_schedule_lands_on_the_budget() -> None:
     cost = TokenMacs(65, 0, (4,) * 6, (1,) * 6, (8,) * 6)
@@ -390,6 +401,7 @@ def test_fit_schedule_lands_on_the_budget() -> None:
         ({"schedule": {"merge": [37, 30]}}, "has 2 counts"),
         ({"schedule": {"merge": [37, 30, 20, 1]}}, "keeps 1 tokens; allowed are 2..37"),
         ({"schedule": {"keep": [1]}}, "allowed are 'prune' and 'merge'"),
+        ({"start": "top"}, "allowed are ramp, uniform"),
         ({"form": "fast"}, "allowed are faithful, device"),
         ({"prune": False, "merge": False}, "both off"),
         ({"search_steps": 0}, "expected 1 or more"),

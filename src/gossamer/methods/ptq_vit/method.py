@@ -71,8 +71,10 @@ class PTQViT(Method):
         head_bits: Width of the classifier (the paper leaves it open); ``None`` for float.
         attention_products: Quantize both attention products; the paper does.
         images: Calibration images.
-        rows: Output rows (tokens) per image the search looks at; ``None`` for all. Biases and
-            extremes always see all rows.
+        search_images: How many of them the search of steps looks at; ``None`` for all. Biases and
+            extremes always see all images and tokens.
+        rows: Output rows (tokens) per image the search looks at; ``None`` for all. A few random
+            tokens can miss those with the largest activations.
         inputs: ``"quantized"``: float targets, inputs from the model as quantized so far;
             ``"float"``: float inputs; ``"local"``: targets recomputed from the quantized inputs.
             ``"auto"`` is ``"local"`` where tokens are reduced (the float and the quantized model
@@ -107,7 +109,8 @@ class PTQViT(Method):
     head_bits: int | None = 8
     attention_products: bool = True
     images: int = 32
-    rows: int | None = 32
+    search_images: int | None = 8
+    rows: int | None = None
     inputs: Literal["auto", "quantized", "float", "local"] = "auto"
     low_bits: Literal["simulated", "int8"] = "simulated"
     mixed: MixedPrecision | None = None
@@ -132,7 +135,7 @@ class PTQViT(Method):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise RecipeError(f"ptq_vit: {name}={getattr(self, name)!r}; allowed are {', '.join(allowed)}")
-        for name in ("images", "rows", "rank_rows", "rank_pairs"):
+        for name in ("images", "search_images", "rows", "rank_rows", "rank_pairs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"ptq_vit: {name}={value}; calibrating needs at least 1. Set {name}, e.g. 32")
@@ -252,7 +255,7 @@ class PTQViT(Method):
             )
         key = replace(step, index=0).key("ptq_vit.rows") % 2**31
         return UnitSearch(
-            walk, self._known().attentions, objective, options, inputs=inputs, rows=self.rows,
+            walk, self._known().attentions, objective, options, inputs=inputs, rows=self.rows, images=self.search_images,
             correct_bias=self.bias_correction and not mixed, key=key,
         )  # fmt: skip
 

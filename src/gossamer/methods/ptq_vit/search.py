@@ -78,7 +78,8 @@ class UnitSearch:
         inputs: ``"quantized"``: targets from the float model, inputs from the model quantized so
             far; ``"float"``: inputs from the float model too; ``"local"``: targets recomputed from
             the quantized inputs with float weights (where tokens change places between the two).
-        rows: Rows kept per image, ``None`` for all.
+        rows: Rows the search keeps per image, ``None`` for all.
+        images: Images the search keeps, ``None`` for all; biases and extremes see all images.
         correct_bias: Whether biases are corrected.
         key: Seed of the choice of rows and pairs.
     """
@@ -91,12 +92,13 @@ class UnitSearch:
         options: SearchOptions,
         *,
         inputs: Literal["quantized", "float", "local"] = "quantized",
-        rows: int | None = 32,
+        rows: int | None = None,
+        images: int | None = 8,
         correct_bias: bool = True,
         key: int = 0,
     ) -> None:
         self.walk, self.attentions, self.objective, self.options = walk, set(attentions), objective, options
-        self.inputs, self.rows, self.correct_bias, self.key = inputs, rows, correct_bias, key
+        self.inputs, self.rows, self.images, self.correct_bias, self.key = inputs, rows, images, correct_bias, key
         self.layers = quant_layers(walk.model)
 
     # -- a unit ------------------------------------------------------------------------------------
@@ -110,7 +112,7 @@ class UnitSearch:
         if self.inputs != "local":
             self.walk.start_over()
             with activated(self.layers, ()):
-                targets = capture_outputs(self.walk, {n: self._pick(n) for n in names})
+                targets = capture_outputs(self.walk, {n: self.pick() for n in names})
         for n, layer in self.layers.items():
             layer.active = n in set(done)
         self.walk.start_at(unit)
@@ -121,15 +123,16 @@ class UnitSearch:
         self.walk.start_over()
         return records
 
-    def _pick(self, name: str) -> RowPick:
-        return RowPick(self.rows, self.key)
+    def pick(self) -> RowPick:
+        """Return what the search keeps of a layer."""
+        return RowPick(self.rows, self.key, self.images)
 
     def _seen(self, name: str) -> Captured:
         if self.inputs != "float":
-            return capture_inputs(self.walk, name, self._pick(name))
+            return capture_inputs(self.walk, name, self.pick())
         self.walk.start_over()
         with activated(self.layers, ()):
-            return capture_inputs(self.walk, name, self._pick(name))
+            return capture_inputs(self.walk, name, self.pick())
 
     @torch.no_grad()
     def _layer(self, name: str, target: Captured | None) -> dict[str, Any]:
