@@ -30,7 +30,7 @@ from gossamer.models.build import load_model
 from gossamer.models.preprocessing import preprocessing
 from gossamer.tasks.paired import compare
 
-FAST: dict[str, Any] = {"n_candidates": 40, "coarse": True}
+FAST: dict[str, Any] = {"n_candidates": 40, "coarse": True, "images": 32, "search_images": 8}
 
 
 def variants(bits: int) -> dict[str, Method]:

@@ -42,7 +42,7 @@ VIT32 = {"img_size": 96, "depth": 3}
 MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "ViT": (VIT16, ["vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_small_patch16_384"]),
     "ViT, other patches": (VIT32, ["vit_small_patch32_224", "vit_small_patch8_224", "vit_base_patch32_plus_256"]),
-    "ViT, large": (VIT16 | {"depth": 2}, ["vit_large_patch16_224"]),
+    "ViT, large": (VIT16, ["vit_large_patch16_224"]),
     "ViT, GAP": (VIT16, ["vit_base_patch16_gap_224", "vit_medium_patch16_gap_256"]),
     "ViT, registers": (VIT16, [
         "vit_little_patch16_reg4_gap_256", "vit_medium_patch16_reg4_gap_256", "vit_mediumd_patch16_reg4_gap_256",

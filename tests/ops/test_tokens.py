@@ -148,7 +148,9 @@ def test_ste_min_takes_any_number_of_counts(arity: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(patches=st.integers(2, 40), seed=st.integers(0, 99), num_prefix=st.integers(0, 5), step=st.integers(1, 5))
-def test_keep_probability_falls_from_one_and_sums_to_the_count(patches: int, seed: int, num_prefix: int, step: int) -> None:
+def test_keep_probability_falls_from_one_and_sums_to_the_count(
+    patches: int, seed: int, num_prefix: int, step: int
+) -> None:
     candidates = torch.arange(patches, 0, -step).float()
     logits, n = 3 * draw(len(candidates), seed=seed), patches + num_prefix
     q = keep_probability(logits, candidates, num_prefix, n)

@@ -2,94 +2,130 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+import copy
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gossamer.core.errors import RecipeError, nearest
+from gossamer.core.errors import ModelError, RecipeError, nearest
+from gossamer.export.artefact import DESCRIPTION, Artefact, read_artefact, write_artefact
+from gossamer.export.layout import lay_out
+from gossamer.export.onnx import DEFAULT_OPSET, trace, write
+from gossamer.export.openvino import convert
+from gossamer.export.verify import RUNTIMES, has_int8, verify
 from gossamer.models.preprocessing import preprocessing
 from gossamer.models.store import require_disk
-from gossamer.ops import int8  # noqa: F401 - registers the operators that are translated below
 from gossamer.runtimes import get
 
 __all__ = ["Artefact", "export", "export_once", "read_artefact"]
 
-VERSION = 1
-RUNTIME = {"openvino": "openvino", "onnx": "onnxruntime"}
+_FREE_BATCH = 2
+_MIB = 2**20
 
 
-@dataclass(frozen=True)
-class Artefact:
-    """An exported model: a folder with graph, preprocessing.json and export.json."""
+def _example(size: tuple[int, int, int], batch: int | str) -> Tensor:
+    """Return reproducible random images for tracing and for the proof.
 
-    graph: Path
-    format: str
-    batch: int | str
-    opset: int
-    parity: dict[str, float]
-
-
-def _translations() -> dict[Any, Any]:
-    from onnxscript import opset21 as op
-
-    def quantize(x, scale, zero_point, axis, dtype):  # noqa: ANN001, ANN202 - traced by onnxscript
-        return op.QuantizeLinear(x, scale, zero_point, axis=axis)
-
-    def dequantize(q, scale, zero_point, axis):  # noqa: ANN001, ANN202
-        return op.DequantizeLinear(q, scale, zero_point, axis=axis)
-
-    return {torch.ops.gossamer.quantize.default: quantize, torch.ops.gossamer.dequantize.default: dequantize}
+    Raises:
+        RecipeError: The batch is neither a positive number nor "dynamic".
+    """
+    if batch == "dynamic":
+        count = _FREE_BATCH
+    elif isinstance(batch, int) and not isinstance(batch, bool) and batch > 0:
+        count = batch
+    else:
+        raise RecipeError(f"export: batch={batch!r}; allowed are 1, 2, ... and 'dynamic'")
+    return torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
 
 
-def export(
-    model: nn.Module, path: str | Path, *, format: str = "openvino", batch: int | str = 1, opset: int = 21
+def _needed(model: nn.Module, format: str) -> int:
+    """Return the bytes an export may take on disk while it is written."""
+    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    return (3 if format == "openvino" else 2) * weights + 4 * _MIB
+
+
+def export(  # noqa: PLR0913 - each is a separate choice of the user
+    model: nn.Module,
+    path: str | Path,
+    *,
+    format: str = "openvino",
+    batch: int | str = 1,
+    example: Tensor | None = None,
+    opset: int = DEFAULT_OPSET,
+    fp16: bool = False,
+    tolerance: float | None = None,
 ) -> Artefact:
-    folder = Path(path)
-    if format not in RUNTIME:
-        raise RecipeError(f"export: format {format!r} is unknown; allowed are {', '.join(RUNTIME)}{nearest(format, RUNTIME)}")
-    model = model.eval()
+    """Write ``model`` as a graph into the folder ``path`` and prove that it computes the same.
+
+    ONNX files are laid out for ONNX Runtime, IR files for OpenVINO (``export.layout``); 8-bit layers
+    become QuantizeLinear / DequantizeLinear around them, with weights stored as int8.
+
+    Args:
+        model: Finished model; is not changed.
+        path: Folder; is made.
+        format: ``"onnx"`` or ``"openvino"``.
+        batch: Images per call, or ``"dynamic"``.
+        example: Preprocessed images [B, C, H, W] for tracing and the proof, B as ``batch``
+            (2 or more for a free batch); random by default.
+        opset: ONNX operator set.
+        fp16: Store float weights of an IR in 16 bits.
+        tolerance: Largest relative error of the logits; by default ``verify.TOLERANCE``.
+
+    Raises:
+        RecipeError: Unknown format, batch or opset, or the runtime is not installed.
+        ModelError: The model cannot be traced or converted.
+        RunError: Not enough disk, or the graph does not compute what the model does.
+    """
+    if format not in RUNTIMES:
+        hint = nearest(format, RUNTIMES)
+        raise RecipeError(f"export: format {format!r} is unknown; allowed are {', '.join(RUNTIMES)}{hint}")
+    if fp16 and format != "openvino":
+        raise RecipeError(f"export: fp16 weights are stored in OpenVINO IR only; got format={format!r}")
+    get(RUNTIMES[format])
     pre = preprocessing(model)
-    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    require_disk(folder, 3 * size + 2**20)
+    images = _example(pre.size, batch)
+    if example is not None:
+        if example.dim() != images.dim() or (batch != "dynamic" and example.shape[0] != batch):
+            raise ModelError(f"export: example of shape {list(example.shape)}; expected [{batch}, C, H, W]")
+        images = example.detach().float().cpu()
+    folder = Path(path)
+    require_disk(folder, _needed(model, format))
     folder.mkdir(parents=True, exist_ok=True)
-    n = batch if isinstance(batch, int) else 2
-    x = torch.randn(n, *pre.size, generator=torch.Generator().manual_seed(0))
-    dynamic = None if isinstance(batch, int) else ({0: torch.export.Dim("batch", min=1)},)
-    onnx_path = folder / "model.onnx"
-    program = torch.onnx.export(
-        model, (x,), dynamo=True, opset_version=opset, custom_translation_table=_translations(), dynamic_shapes=dynamic,
-        input_names=["image"], output_names=["logits"], verbose=False,
-    )
-    program.save(str(onnx_path), external_data=False)
-    graph = onnx_path
+    (folder / DESCRIPTION).unlink(missing_ok=True)
+    plain = model if _is_plain(model) else copy.deepcopy(model).float().cpu().eval()
+    graph = trace(plain, images, dynamic=batch == "dynamic", opset=opset)
+    lay_out(graph, RUNTIMES[format])
+    source = folder / "model.onnx"
+    write(graph, source)
+    target = source
     if format == "openvino":
-        from gossamer.runtimes.openvino import import_openvino
-
-        ov = import_openvino()
-        graph = folder / "model.xml"
-        ov.save_model(ov.convert_model(str(onnx_path)), str(graph), compress_to_fp16=False)
-        onnx_path.unlink()
-    with torch.no_grad():
-        want = model(x).numpy()
-    got = get(RUNTIME[format]).load(graph, precision="f32").run(x.numpy())
-    parity = {"max_abs": float(np.abs(want - got).max()), "scale": float(np.abs(want).max())}
-    (folder / "preprocessing.json").write_text(json.dumps(pre.to_json()), encoding="utf-8")
-    artefact = Artefact(graph, format, batch, opset, parity)
-    (folder / "export.json").write_text(json.dumps({"version": VERSION, **asdict(artefact), "graph": graph.name}), encoding="utf-8")
-    return artefact
+        target = folder / "model.xml"
+        convert(source, target, fp16=fp16)
+        for file in (source, Path(f"{source}.data")):
+            file.unlink(missing_ok=True)
+    draft = Artefact(target, format, batch, opset, int8=has_int8(model), fp16=fp16, preprocessing=pre)
+    proof = verify(draft, plain, images, tolerance=tolerance)
+    return write_artefact(replace(draft, parity=proof.to_json()))
 
 
-def export_once(model: nn.Module, path: Path, *, format: str, batch: int) -> Artefact:
-    if (path / "export.json").is_file():
-        return read_artefact(path)
-    return export(model, path, format=format, batch=batch)
+def _is_plain(model: nn.Module) -> bool:
+    """Whether the model can be traced as it is: in evaluation mode, on the CPU, in float32."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return not any(m.training for m in model.modules()) and all(
+        t.device.type == "cpu" and (t.dtype == torch.float32 or not t.is_floating_point()) for t in tensors
+    )
 
 
-def read_artefact(path: Path) -> Artefact:
-    data = json.loads((path / "export.json").read_text(encoding="utf-8"))
-    return Artefact(path / data["graph"], data["format"], data["batch"], data["opset"], data["parity"])
+def export_once(model: nn.Module, path: str | Path, *, format: str, batch: int | str) -> Artefact:
+    """Return the export in ``path`` if it is complete and of this kind, else make it.
+
+    The folder must belong to this model alone: its weights are not compared.
+    """
+    folder = Path(path)
+    if (folder / DESCRIPTION).is_file():
+        found = read_artefact(folder)
+        if (found.format, found.batch) == (format, batch):
+            return found
+    return export(model, folder, format=format, batch=batch)

@@ -73,17 +73,27 @@ def _use_scalars(model: ir.Model) -> None:
 
 def _use_signed_codes(model: ir.Model) -> None:
     """Write grids with zero point 128 as int8 with zero point 0 (the codes minus 128)."""
-    zero = None
     for node in list(model.graph):
         if node.op_type not in _QDQ or len(node.inputs) < 3 or constant(node.inputs[0]) is not None:
             continue
         old = constant(node.inputs[2])
         if old is None or old.dtype != np.uint8 or scalar(node.inputs[2]) != SIGNED_ZERO:
             continue
-        zero = zero or add_constant(model.graph, np.zeros((), np.int8), "signed_zero")
-        node.replace_input_with(2, zero)
+        node.replace_input_with(2, add_constant(model.graph, np.zeros((), np.int8), "signed_zero"))
         if node.op_type == "QuantizeLinear":
             _mark_signed(node.outputs[0])
+
+
+def _omit_zero_points(model: ir.Model) -> None:
+    """Leave out the zero points of dequantizers that are 0.
+
+    A zero point that several nodes share keeps OpenVINO from seeing that it is 0.
+    """
+    for node in model.graph:
+        if node.op_type == "DequantizeLinear" and len(node.inputs) > 2:
+            zero = constant(node.inputs[2])
+            if zero is not None and not zero.any():
+                node.resize_inputs(2)
 
 
 def _mark_signed(codes: ir.Value) -> None:
@@ -94,6 +104,20 @@ def _mark_signed(codes: ir.Value) -> None:
         for use in value.uses():
             if use.node.op_type != "DequantizeLinear":
                 pending += use.node.outputs
+
+
+def _dequantize_before_transposes(model: ir.Model) -> None:
+    """Turn codes -> Transpose -> DequantizeLinear round: OpenVINO finds int8 products only that way."""
+    for node in list(model.graph):
+        transpose = producer(node.inputs[0], "Transpose") if node.op_type == "DequantizeLinear" else None
+        if transpose is None or only_user(transpose.outputs[0]) is not node or scalar(node.inputs[1]) is None:
+            continue
+        codes, perm = transpose.inputs[0], list(attribute(transpose, "perm"))
+        rest = [v for v in node.inputs[1:] if v is not None]
+        real, shape = ir.DataType.FLOAT, sizes(codes)
+        value = add_node(node, "DequantizeLinear", [codes, *rest], dtype=real, shape=shape)
+        value = add_node(node, "Transpose", [value], {"perm": perm}, dtype=real, shape=sizes(node.outputs[0]))
+        replace(node.outputs[0], value)
 
 
 def _input_step(value: ir.Value | None) -> float | None:
@@ -229,6 +253,8 @@ def lay_out(model: ir.Model, target: str) -> None:
     if target == "openvino":
         split_projections(model)
         _use_signed_codes(model)
+        _omit_zero_points(model)
+        _dequantize_before_transposes(model)
     else:
         _use_products_for_patches(model)
         _use_integer_biases(model)

@@ -52,7 +52,7 @@ def token_macs(model: nn.Module, view: TokenView) -> TokenMacs:
     for block in view.blocks:
         attn = model.get_submodule(block.attention)
         attention.append(sum(m.weight.numel() for m in attn.modules() if isinstance(m, nn.Linear)))
-        pairs.append(2 * attn.num_heads * attn.head_dim)
+        pairs.append(2 * int(attn.attn_dim))  # type: ignore[arg-type]
         mlp.append(mlp_hidden(model, block) * view.width)
     fixed = view.patch_macs + view.head_macs
     return TokenMacs(view.num_tokens, fixed, tuple(attention), tuple(pairs), tuple(mlp))
@@ -80,7 +80,9 @@ def parse_macs(text: str | float, dense: int, lowest: int, method: str) -> int:
         else:
             target = float(word)
     except ValueError:
-        raise RecipeError(f"{method}: macs={text!r}; expected a share such as '60%' or an amount such as '2.9G'") from None
+        raise RecipeError(
+            f"{method}: macs={text!r}; expected a share such as '60%' or an amount such as '2.9G'"
+        ) from None
     if not lowest <= target <= dense:
         raise RecipeError(
             f"{method}: macs={text!r} is {target / 1e9:.4g} G; no schedule can meet it. Reachable are "
@@ -111,7 +113,9 @@ def install_blocks(model: nn.Module, blocks: Sequence[dict[str, Any]], layout: d
 def swap_blocks(model: nn.Module, make: Callable[[TokenBlock], TokenBlock]) -> None:
     """Replace every token block of the model by what ``make`` returns for it."""
     for name in [n for n, m in model.named_modules() if isinstance(m, TokenBlock)]:
-        replace_module(model, name, make(model.get_submodule(name)))
+        block = model.get_submodule(name)
+        if isinstance(block, TokenBlock):
+            replace_module(model, name, make(block))
 
 
 def token_blocks(model: nn.Module) -> list[TokenBlock]:
@@ -171,7 +175,7 @@ def source_maps(model: nn.Module, images: Tensor) -> dict[str, Any]:
         prefix = token_blocks(model)[0].num_prefix
         groups = []
         for source in track.source[1:]:
-            patches = source[:, :, prefix:]
+            patches = source[:, :, prefix:]  # type: ignore[index]  # traced above
             groups.append(torch.where(patches.amax(1) > 0, patches.argmax(1), -1).cpu())
     finally:
         track.trace = before

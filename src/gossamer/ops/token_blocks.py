@@ -31,6 +31,14 @@ class TokenBlock(nn.Module):
     """
 
     proportional: bool = True
+    norm1: nn.Module
+    attn: OpenAttention
+    ls1: nn.Module
+    drop_path1: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
+    ls2: nn.Module
+    drop_path2: nn.Module
 
     def __init__(self, source: nn.Module, index: int, track: TokenTrack, num_prefix: int, has_class: bool) -> None:
         super().__init__()
@@ -51,7 +59,9 @@ class TokenBlock(nn.Module):
         """Return the attention's parts for normalised tokens ``x`` [B, N, C]."""
         return self.attn.attend(x, bias)
 
-    def reduce(self, x: Tensor, size: Tensor | None, parts: Attended, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def reduce(
+        self, x: Tensor, size: Tensor | None, parts: Attended, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the tokens and sizes that go on; override to drop or merge some.
 
         Args:
@@ -98,9 +108,8 @@ class SizeWeightedPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the pooled features [B, C] of ``x`` [B, N or N - num_prefix, C]."""
         size, mask = self.track.size[-1], self.track.mask[-1]
-        if size is None and mask is None:
+        weights = [w for w in (size, mask) if w is not None]
+        if not weights:
             return x.mean(1)
-        weight = size if size is not None else torch.ones_like(mask)
-        weight = weight if mask is None else weight * mask
-        weight = weight[:, -x.shape[1] :]
+        weight = torch.stack(weights).prod(0)[:, -x.shape[1] :]
         return weighted_token_mean(x, weight.to(x.dtype), detach_total=mask is not None)

@@ -49,9 +49,7 @@ class _RankingBlock(TokenBlock):
         with torch.no_grad():
             return token_importance(parts, self.attn.scale, bias, self.num_prefix, self.has_class)
 
-    def merged(
-        self, dst: Tensor, src: Tensor, sizes: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def merged(self, dst: Tensor, src: Tensor, sizes: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return merged tokens [B, M, C], their sizes [B, M] and the assignment [B, M, S].
 
         Args:
@@ -91,7 +89,9 @@ class ReducedBlock(_RankingBlock):
         """Return how many of ``n`` tokens are left after pruning and after merging."""
         return min(self.prune, n), min(self.merge, n)
 
-    def reduce(self, x: Tensor, size: Tensor | None, parts: Attended, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def reduce(
+        self, x: Tensor, size: Tensor | None, parts: Attended, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the kept tokens [B, merge, C] and their sizes."""
         prune, merge = self.counts(x.shape[1])
         if merge == x.shape[1]:
@@ -142,6 +142,10 @@ class GatedBlock(_RankingBlock):
         switches: Whether to prune, whether to merge.
     """
 
+    candidates: Tensor
+    prune_logits: nn.Parameter | None
+    merge_logits: nn.Parameter | None
+
     def __init__(
         self, source: TokenBlock, num_tokens: int, gate: Gate, rules: Rules, switches: tuple[bool, bool] = (True, True)
     ) -> None:
@@ -181,7 +185,9 @@ class GatedBlock(_RankingBlock):
             return self.attn.attend(x, bias)
         return self.attn.attend(x, bias, lambda scores: masked_softmax(scores, mask))
 
-    def reduce(self, x: Tensor, size: Tensor | None, parts: Attended, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def reduce(
+        self, x: Tensor, size: Tensor | None, parts: Attended, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return all tokens in descending order of importance; updates the track's mask."""
         if self.prune_logits is None and self.merge_logits is None:
             return x, size

@@ -68,10 +68,10 @@ class DiffRate(Method):
         budget_unit: ``"gmacs"`` (published) or ``"relative"`` (same stiffness for models of any size).
         warmup: Leave the budget out for the first third of the search.
         protected_blocks: Blocks that keep their tokens; negative counts from the end.
-        form: ``"faithful"`` (any count after any block) or ``"device"`` (few blocks, counts in tiles;
-            the last block, after which only an MLP follows, takes any count).
-        blocks: Blocks that may reduce; ``None``: all (faithful), three spread evenly and the last (device).
-        tile: Token counts are multiples of this; ``None``: 1 (faithful), 16 (device).
+        device_aware: Restrict the search to every second block and to counts in tiles (the last block,
+            after whose attention only an MLP follows, takes any count).
+        blocks: Blocks that may reduce; ``None``: all, or every second one if device-aware.
+        tile: Token counts are multiples of this; ``None``: 1, or 16 if device-aware.
         prune: Whether to prune.
         merge: Whether to merge.
         similarity_sizes: Weigh sizes by similarity when merging.
@@ -98,7 +98,7 @@ class DiffRate(Method):
     budget_unit: str = "gmacs"
     warmup: bool = False
     protected_blocks: list[int] = field(default_factory=lambda: [0])
-    form: str = "faithful"
+    device_aware: bool = False
     blocks: list[int] | None = None
     tile: int | None = None
     prune: bool = True
@@ -191,7 +191,7 @@ class DiffRate(Method):
         """Return the MACs of the rates as they stand, a scalar with gradient towards them (eq. 8)."""
         cost = token_macs(model, self._gated_view(model))
         counts: list[Tensor] = []
-        for block in token_blocks(model):
+        for block in _gated_blocks(model):
             current = counts[-1] if counts else block.candidates.new_tensor(float(cost.num_tokens))
             new = [block.count(logits) for logits in (block.prune_logits, block.merge_logits) if logits is not None]
             counts.append(ste_min(current, *new) if new else current)
@@ -214,7 +214,6 @@ class DiffRate(Method):
     def _check(self) -> None:
         allowed = {
             "budget_unit": ("gmacs", "relative"),
-            "form": ("faithful", "device"),
             "start": ("ramp", "uniform"),
             "importance": ("attention", "order"),
         }
@@ -233,10 +232,9 @@ class DiffRate(Method):
 
     def _units(self, depth: int) -> list[int]:
         """Return the unit of every block's count, 0 for a block that keeps its tokens."""
-        device = self.form == "device"
-        tile = self.tile if self.tile is not None else (16 if device else 1)
-        spread = [depth * k // 4 - 1 for k in (1, 2, 3)] + [depth - 1]
-        chosen = self.blocks if self.blocks is not None else (spread if device else range(depth))
+        tile = self.tile if self.tile is not None else (16 if self.device_aware else 1)
+        every = 2 if self.device_aware else 1
+        chosen = self.blocks if self.blocks is not None else range((depth - 1) % every, depth, every)
         for name, numbers in (("blocks", chosen), ("protected_blocks", self.protected_blocks)):
             wrong = [b for b in numbers if not -depth <= b < depth]
             if wrong:

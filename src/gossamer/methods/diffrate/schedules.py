@@ -156,7 +156,9 @@ def ramp_schedule(free: Sequence[Free | None], macs: TokenMacs, target: int, *, 
     return next((s for s in map(at, steps) if macs(s.merge) <= target), at(steps[-1]))
 
 
-def _lowered(schedule: Schedule, free: Sequence[Free | None], num_tokens: int, block: int) -> tuple[Schedule, float] | None:
+def _lowered(
+    schedule: Schedule, free: Sequence[Free | None], num_tokens: int, block: int
+) -> tuple[Schedule, float] | None:
     """Return the schedule with one unit less in a block and the probability mass that costs."""
     choice, n = free[block], schedule.merge[block]
     if choice is None:
@@ -172,7 +174,9 @@ def _lowered(schedule: Schedule, free: Sequence[Free | None], num_tokens: int, b
     return Schedule.monotone(prune, merge, num_tokens), both
 
 
-def _raised(schedule: Schedule, free: Sequence[Free | None], num_tokens: int, block: int) -> tuple[Schedule, float] | None:
+def _raised(
+    schedule: Schedule, free: Sequence[Free | None], num_tokens: int, block: int
+) -> tuple[Schedule, float] | None:
     """Return the schedule with one unit more in a block and the probability mass that gains."""
     choice, n = free[block], schedule.merge[block]
     above = schedule.merge[block - 1] if block else num_tokens

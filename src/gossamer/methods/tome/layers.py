@@ -30,7 +30,9 @@ class MergingBlock(TokenBlock):
         """Return ``(n, n - r)`` with r at most half of the patch tokens."""
         return n, n - min(self.r, (n - self.num_prefix) // 2)
 
-    def reduce(self, x: Tensor, size: Tensor | None, parts: Attended, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def reduce(
+        self, x: Tensor, size: Tensor | None, parts: Attended, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the merged tokens and their sizes; sizes keep their sum."""
         r = x.shape[1] - self.counts(x.shape[1])[1]
         if r == 0:

@@ -1,0 +1,103 @@
+"""Proof that an exported graph computes what the torch model computes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gossamer.core.errors import RunError
+from gossamer.export.artefact import Artefact
+from gossamer.runtimes import get
+
+__all__ = ["RUNTIMES", "TOLERANCE", "Parity", "has_int8", "parity", "verify"]
+
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
+"""The runtime each format is meant for."""
+TOLERANCE = {"float": 1e-3, "fp16": 1e-2, "int8": 1e-1}
+"""Largest relative error (root mean square over that of the logits).
+
+In 8 bits a value next to a rounding border may fall to either side, and later layers amplify that.
+"""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far logits are from those of torch.
+
+    Attributes:
+        max_abs: Largest absolute difference.
+        scale: Largest absolute logit of torch.
+        relative: Root mean square of the difference over that of torch's logits.
+        tolerance: What ``relative`` was allowed to be.
+    """
+
+    max_abs: float
+    scale: float
+    relative: float
+    tolerance: float
+
+    def to_json(self) -> dict[str, float]:
+        """Return plain numbers."""
+        return asdict(self)
+
+
+def has_int8(model: nn.Module) -> bool:
+    """Whether a module of the model stores 8-bit weights (declares ``weight_bits`` and holds int8)."""
+    return any(b.dtype == torch.int8 and b.numel() > 1 for b in model.buffers()) or any(
+        hasattr(m, "input_bits") for m in model.modules()
+    )
+
+
+def parity(got: np.ndarray, want: np.ndarray, tolerance: float) -> Parity:
+    """Compare logits [B, K] with those of torch."""
+    got, want = got.astype(np.float64), want.astype(np.float64)
+    rms = float(np.sqrt(np.mean(want**2)))
+    return Parity(
+        max_abs=float(np.abs(got - want).max()),
+        scale=float(np.abs(want).max()),
+        relative=float(np.sqrt(np.mean((got - want) ** 2))) / max(rms, 1e-12),
+        tolerance=tolerance,
+    )
+
+
+def verify(
+    artefact: Artefact,
+    model: nn.Module,
+    images: Tensor,
+    *,
+    runtime: str | None = None,
+    precision: str = "f32",
+    tolerance: float | None = None,
+) -> Parity:
+    """Run the graph and the model on the same images.
+
+    Args:
+        artefact: The export.
+        model: The model it was made from.
+        images: Preprocessed images [B, C, H, W], B as exported.
+        runtime: A runtime that reads the graph; the format's own by default.
+        precision: Dense precision of the runtime.
+        tolerance: Largest relative error; by default ``TOLERANCE`` for this kind of graph.
+
+    Raises:
+        RunError: The error is larger, or not a number.
+    """
+    name = runtime or RUNTIMES[artefact.format]
+    kind = "int8" if artefact.int8 else "fp16" if artefact.fp16 else "float"
+    allowed = TOLERANCE[kind] if tolerance is None else tolerance
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        want = model(images).float().cpu().numpy()
+    model.train(was_training)
+    got = get(name).load(artefact.graph, precision=precision).run(images.cpu().numpy())
+    found = parity(got, want, allowed)
+    if not found.relative <= allowed:
+        raise RunError(
+            f"export to {artefact.graph}: {name} differs from torch by {found.relative:.2g} of the logits "
+            f"(largest {found.max_abs:.3g} at a scale of {found.scale:.3g}); allowed is {allowed:g}"
+        )
+    return found
