@@ -8,6 +8,8 @@ is a matrix product.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -247,15 +249,26 @@ def lay_out(model: ir.Model, target: str) -> None:
 
     Graphs without 8-bit layers are only touched for OpenVINO (``split_projections``).
     """
-    _fold_transposed_weights(model)
-    pack_projections(model)
-    _use_scalars(model)
-    if target == "openvino":
-        split_projections(model)
-        _use_signed_codes(model)
-        _omit_zero_points(model)
-        _dequantize_before_transposes(model)
-    else:
-        _use_products_for_patches(model)
-        _use_integer_biases(model)
-    RemoveUnusedNodesPass()(model)
+    for step in _STEPS[target]:
+        step(model)
+        RemoveUnusedNodesPass()(model)  # the next step counts users
+
+
+_STEPS: dict[str, tuple[Callable[[ir.Model], object], ...]] = {
+    "onnxruntime": (
+        _fold_transposed_weights,
+        pack_projections,
+        _use_scalars,
+        _use_products_for_patches,
+        _use_integer_biases,
+    ),
+    "openvino": (
+        _fold_transposed_weights,
+        pack_projections,
+        split_projections,
+        _use_scalars,
+        _use_signed_codes,
+        _omit_zero_points,
+        _dequantize_before_transposes,
+    ),
+}
