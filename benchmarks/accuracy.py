@@ -81,7 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--images", type=int, help="use the first images only")
-    parser.add_argument("--search", type=json.loads, default={"search_steps": 60, "lr": 0.05, "budget_unit": "relative"})
+    parser.add_argument(
+        "--search", type=json.loads, default={"search_steps": 60, "lr": 0.05, "budget_unit": "relative"}
+    )
     parser.add_argument("--ptq", type=json.loads, default={})
     args = parser.parse_args(argv)
     dense = load_model("vit_tiny_patch16_224@embedded").eval()
@@ -132,7 +134,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {r['variant']} | {r['macs'] / 1e9:.3f} | {r['images']} | {100 * r['top1']:.2f} | "
             f"{100 * r['interval'][0]:.1f}..{100 * r['interval'][1]:.1f} | {100 * p['agreement']:.2f} | {p['kl']:.4f} | "
-            f"{p["p_value"]:.3f} |"
+            f"{p['p_value']:.3f} |"
         )
     return "\n".join([*lines, ""])
 

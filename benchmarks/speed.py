@@ -42,7 +42,11 @@ MODEL = "deit_small_patch16_224"
 def noise(step: Any) -> dict[str, Any]:
     """Return a batch of random images: what calibration needs to set ranges for random weights."""
     g = step.generator("noise")
-    return {"image": torch.randn(4, 3, 224, 224, generator=g), "target": torch.zeros(4, dtype=torch.long), "id": ["x"] * 4}
+    return {
+        "image": torch.randn(4, 3, 224, 224, generator=g),
+        "target": torch.zeros(4, dtype=torch.long),
+        "id": ["x"] * 4,
+    }
 
 
 def finished(model: nn.Module, *methods: tuple[str, dict[str, Any]]) -> nn.Module:
@@ -64,7 +68,9 @@ def nncf_int8(xml: Path, out: Path, size: tuple[int, int, int]) -> Path | None:
     shape = list(graph.inputs[0].shape)
     rng = np.random.default_rng(0)
     images = [rng.standard_normal(shape, dtype=np.float32) for _ in range(max(1, 32 // shape[0]))]
-    quantized = nncf.quantize(graph, nncf.Dataset(images), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images))
+    quantized = nncf.quantize(
+        graph, nncf.Dataset(images), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images)
+    )
     ov.save_model(quantized, out, compress_to_fp16=False)
     return out
 
@@ -77,7 +83,9 @@ def ort_dynamic(onnx_file: Path, out: Path) -> Path:
     return out
 
 
-def models(int8: dict[str, Any], tome: dict[str, Any], free: dict[str, Any], aware: dict[str, Any]) -> Iterator[tuple[str, nn.Module]]:
+def models(
+    int8: dict[str, Any], tome: dict[str, Any], free: dict[str, Any], aware: dict[str, Any]
+) -> Iterator[tuple[str, nn.Module]]:
     """Yield the variants by name."""
     torch.manual_seed(0)
     dense = load_model(MODEL).eval()
@@ -118,7 +126,9 @@ def rows(found: dict[str, Path], runtime: str, batch: int, rounds: int, threads:
     return [_row(key, at, best, runtime, batch) for key in keys]
 
 
-def _row(key: tuple[str, str], at: dict[tuple[str, str], Timing], best: Timing, runtime: str, batch: int) -> dict[str, Any]:
+def _row(
+    key: tuple[str, str], at: dict[tuple[str, str], Timing], best: Timing, runtime: str, batch: int
+) -> dict[str, Any]:
     name, precision = key
     timing = at[key]
 
@@ -199,7 +209,12 @@ def main(argv: list[str] | None = None, tell: Callable[[str], None] = print) -> 
 def table(result: dict[str, Any]) -> str:
     """Return the rows as a Markdown table."""
     keys = [k for k in result["rows"][0]]
-    lines = [f"# Speed on {result['device'].get('cpu', 'this CPU')}", "", "| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys)]
+    lines = [
+        f"# Speed on {result['device'].get('cpu', 'this CPU')}",
+        "",
+        "| " + " | ".join(keys) + " |",
+        "|" + " --- |" * len(keys),
+    ]
     lines += ["| " + " | ".join("" if r[k] is None else str(r[k]) for k in keys) + " |" for r in result["rows"]]
     macs = ", ".join(f"{n} {m / 1e9:.3f} G" for n, m in result["macs"].items())
     return "\n".join([*lines, "", f"MACs: {macs}.", ""])

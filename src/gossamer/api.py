@@ -83,7 +83,7 @@ def plan(recipe: str | Path | Recipe, overrides: Sequence[str] = ()) -> dict[str
     return _import("pipeline.planning").describe(loaded)
 
 
-def compress(
+def compress(  # noqa: PLR0913 - the public call; all but three are optional
     model: nn.Module | str,
     data: Any,
     methods: Sequence[Method | str | Mapping[str, Any]],

@@ -118,7 +118,9 @@ def _is_plain(model: nn.Module) -> bool:
     )
 
 
-def export_once(model: nn.Module, path: str | Path, *, format: str, batch: int | str) -> Artefact:
+def export_once(
+    model: nn.Module, path: str | Path, *, format: str, batch: int | str, example: Tensor | None = None
+) -> Artefact:
     """Return the export in ``path`` if it is complete and of this kind, else make it.
 
     The folder must belong to this model alone: its weights are not compared.
@@ -128,4 +130,4 @@ def export_once(model: nn.Module, path: str | Path, *, format: str, batch: int |
         found = read_artefact(folder)
         if (found.format, found.batch) == (format, batch):
             return found
-    return export(model, folder, format=format, batch=batch)
+    return export(model, folder, format=format, batch=batch, example=example)

@@ -86,18 +86,6 @@ def _use_signed_codes(model: ir.Model) -> None:
             _mark_signed(node.outputs[0])
 
 
-def _omit_zero_points(model: ir.Model) -> None:
-    """Leave out the zero points of dequantizers that are 0.
-
-    A zero point that several nodes share keeps OpenVINO from seeing that it is 0.
-    """
-    for node in model.graph:
-        if node.op_type == "DequantizeLinear" and len(node.inputs) > 2:
-            zero = constant(node.inputs[2])
-            if zero is not None and not zero.any():
-                node.resize_inputs(2)
-
-
 def _mark_signed(codes: ir.Value) -> None:
     pending = [codes]
     while pending:
@@ -268,7 +256,6 @@ _STEPS: dict[str, tuple[Callable[[ir.Model], object], ...]] = {
         split_projections,
         _use_scalars,
         _use_signed_codes,
-        _omit_zero_points,
         _dequantize_before_transposes,
     ),
 }

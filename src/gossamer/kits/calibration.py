@@ -275,7 +275,7 @@ class RowPick:
     """
 
     def __init__(self, limit: int | None, key: int, images: int | None = None) -> None:
-        self.limit, self._key, self.images = limit, key, images
+        self.limit, self.key, self.images = limit, key, images
 
     def samples(self, x: Tensor, before: int) -> Tensor:
         """Return the samples of ``x`` [S, ...] to keep when ``before`` of the same layer are kept already."""
@@ -297,7 +297,7 @@ class RowPick:
     def _choice(self, size: int, keep: int, device: torch.device) -> Tensor:
         if size <= keep:
             return torch.arange(size, device=device)
-        draw = torch.randperm(size, generator=torch.Generator().manual_seed(self._key + size))
+        draw = torch.randperm(size, generator=torch.Generator().manual_seed(self.key + size))
         return draw[:keep].sort().values.to(device)
 
     def complete(self, x: Tensor) -> bool:

@@ -9,7 +9,7 @@ parameters under the same names (state dicts stay interchangeable) and computes 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,7 @@ def class_attention(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = No
         k: Keys [B, H, N, D].
         scale: Score scale.
         bias: Additive score bias broadcastable to [B, H, rows, N].
+        rows: Number of leading queries.
     """
     scores = (q[:, :, :rows] * scale) @ k.transpose(-2, -1)
     return (scores if bias is None else scores + bias).softmax(-1)
@@ -63,7 +64,16 @@ class OpenAttention(nn.Module):
             adopted, not copied.
     """
 
-    def __init__(self, source: nn.Module) -> None:
+    qkv: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    attn_drop: nn.Dropout
+    norm: nn.Module
+    gate: nn.Module | None
+    proj: nn.Module
+    proj_drop: nn.Module
+
+    def __init__(self, source: Any) -> None:
         super().__init__()
         self.num_heads: int = source.num_heads
         self.head_dim: int = source.head_dim
@@ -131,12 +141,18 @@ class OpenWindowAttention(nn.Module):
         source: A timm Swin ``WindowAttention``; its parameters and submodules are adopted.
     """
 
-    def __init__(self, source: nn.Module) -> None:
+    relative_position_index: Tensor
+    qkv: nn.Module
+    attn_drop: nn.Module
+    proj: nn.Module
+    proj_drop: nn.Module
+
+    def __init__(self, source: Any) -> None:
         super().__init__()
         self.num_heads: int = source.num_heads
         self.scale: float = source.scale
         self.window_area: int = source.window_area
-        self.relative_position_bias_table = source.relative_position_bias_table
+        self.relative_position_bias_table: Tensor = source.relative_position_bias_table
         self.register_buffer("relative_position_index", source.relative_position_index, persistent=False)
         for name in ("qkv", "attn_drop", "proj", "proj_drop"):
             setattr(self, name, getattr(source, name))

@@ -55,7 +55,7 @@ def _split(data: Any, evaluation: Any) -> tuple[ImageSource, ImageSource]:
     return take(source, [i for i in order if i % 5 != 4]), take(source, [i for i in order if i % 5 == 4][:held])
 
 
-def compress(
+def compress(  # noqa: PLR0913 - mirrors the public call
     model: nn.Module | str, data: Any, methods: Sequence[Method | str | Mapping[str, Any]], *,
     target: Mapping[str, Any] | None, teacher: Any, evaluation: Any, train: Mapping[str, Any] | None,
     run_dir: Path, resume: bool, progress: bool,

@@ -77,9 +77,7 @@ def export(
             if before - after > max_drop:
                 result["unmet"].append(f"{name}: accuracy fell by {before - after:.2f} points, {max_drop} are allowed")
         if min_speedup is not None:
-            rows = bench(
-                [model, final], batch=[fixed], threads=2, runtimes=[runtimes[name]], precision=None, rounds=7
-            )
+            rows = bench([model, final], batch=[fixed], threads=2, runtimes=[runtimes[name]], precision=None, rounds=7)
             speed = max(r["ratio_best_dense"] for r in rows[len(rows) // 2 :])
             entry["speedup_over_best_dense"] = speed
             if speed < min_speedup:

@@ -145,7 +145,12 @@ def _loaders(  # noqa: PLR0913 - the parts of a run come together here
         mixing = Mixing(mixup=data.mixup, cutmix=data.cutmix, smoothing=data.smoothing)
         transform = train_transform(pre, data.augment)
         loaders["train"] = StepLoader(
-            train, transform, batch, mixing=mixing, num_classes=task.num_classes, **common  # type: ignore[arg-type]
+            train,
+            transform,
+            batch,
+            mixing=mixing,
+            num_classes=task.num_classes,
+            **common,  # type: ignore[arg-type]
         )
     if calibration is not None:
         # calibration sees images as deployment will: no augmentation; every rank reads the same ones

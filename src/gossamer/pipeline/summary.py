@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from gossamer.engine.checkpoint import write_json
-from gossamer.pipeline.photos import photo_maps
 from gossamer.pipeline.setup import Setup
 from gossamer.pipeline.stages import StageFolder
+from gossamer.report.photos import photo_maps
 
 __all__ = ["curves", "write_summary"]
 
@@ -73,7 +73,9 @@ def write_summary(
         for key in ("tokens", "quantization"):
             if parts.get(key):
                 merged[key] = parts[key]
-    photos = photo_maps(finished, setup.dense, setup.evaluation, setup.preprocessing, run_dir)
+    photos = []
+    if setup.evaluation is not None:
+        photos = photo_maps(keeper.stages(), setup.evaluation, setup.preprocessing, count=6)
     content = {
         "title": setup.recipe.name,
         "summary": _facts(table),

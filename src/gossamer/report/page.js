@@ -170,7 +170,7 @@
       });
     };
     slider.max = String(Math.max(0, names.length - 1));
-    slider.value = slider.max;
+    slider.value = String(Math.round(0.6 * Number(slider.max)));
     section.querySelector(".controls").hidden = names.length === 0;
     slider.addEventListener("input", draw);
     original.addEventListener("change", draw);

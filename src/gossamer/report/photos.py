@@ -95,7 +95,7 @@ def photo_maps(
     names = source.classes or []
 
     def name(k: int) -> str:
-        return names[k] if k < len(names) else f"class {k}"
+        return names[k].replace("_", " ") if k < len(names) else f"class {k}"
 
     return [
         {

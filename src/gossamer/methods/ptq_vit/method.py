@@ -16,7 +16,7 @@ from gossamer.core.errors import RecipeError, StateError
 from gossamer.core.method import Edit, Method
 from gossamer.core.schedule import Loader, Phase, Plan, Step
 from gossamer.kits.bit_allocation import allocate_bits, budget_bits, size_mb
-from gossamer.kits.calibration import Walk, calibration_batches
+from gossamer.kits.calibration import RowPick, Walk, calibration_batches
 from gossamer.kits.equalisation import equalise, find_pairs, insert_gains
 from gossamer.kits.quant_layout import (
     Layout,
@@ -253,11 +253,11 @@ class PTQViT(Method):
                 replace(options, max_iter=min(1, self.max_iter), coarse=True),
                 replace(objective, gamma=0.0),
             )
-        key = replace(step, index=0).key("ptq_vit.rows") % 2**31
+        keep = RowPick(self.rows, replace(step, index=0).key("ptq_vit.rows") % 2**31, self.search_images)
+        correct = self.bias_correction and not mixed
         return UnitSearch(
-            walk, self._known().attentions, objective, options, inputs=inputs, rows=self.rows, images=self.search_images,
-            correct_bias=self.bias_correction and not mixed, key=key,
-        )  # fmt: skip
+            walk, self._known().attentions, objective, options, inputs=inputs, keep=keep, correct_bias=correct
+        )
 
     def _calibrate(self, model: nn.Module, loaders: Mapping[str, Loader], step: Step) -> dict[str, float]:
         walk, order = self._start(model, loaders, step)

@@ -78,10 +78,8 @@ class UnitSearch:
         inputs: ``"quantized"``: targets from the float model, inputs from the model quantized so
             far; ``"float"``: inputs from the float model too; ``"local"``: targets recomputed from
             the quantized inputs with float weights (where tokens change places between the two).
-        rows: Rows the search keeps per image, ``None`` for all.
-        images: Images the search keeps, ``None`` for all; biases and extremes see all images.
+        keep: What the search keeps of a layer; biases and extremes see everything.
         correct_bias: Whether biases are corrected.
-        key: Seed of the choice of rows and pairs.
     """
 
     def __init__(
@@ -92,13 +90,11 @@ class UnitSearch:
         options: SearchOptions,
         *,
         inputs: Literal["quantized", "float", "local"] = "quantized",
-        rows: int | None = None,
-        images: int | None = 8,
+        keep: RowPick,
         correct_bias: bool = True,
-        key: int = 0,
     ) -> None:
         self.walk, self.attentions, self.objective, self.options = walk, set(attentions), objective, options
-        self.inputs, self.rows, self.images, self.correct_bias, self.key = inputs, rows, images, correct_bias, key
+        self.inputs, self.keep, self.correct_bias, self.key = inputs, keep, correct_bias, keep.key
         self.layers = quant_layers(walk.model)
 
     # -- a unit ------------------------------------------------------------------------------------
@@ -112,7 +108,7 @@ class UnitSearch:
         if self.inputs != "local":
             self.walk.start_over()
             with activated(self.layers, ()):
-                targets = capture_outputs(self.walk, {n: self.pick() for n in names})
+                targets = capture_outputs(self.walk, dict.fromkeys(names, self.keep))
         for n, layer in self.layers.items():
             layer.active = n in set(done)
         self.walk.start_at(unit)
@@ -123,16 +119,12 @@ class UnitSearch:
         self.walk.start_over()
         return records
 
-    def pick(self) -> RowPick:
-        """Return what the search keeps of a layer."""
-        return RowPick(self.rows, self.key, self.images)
-
     def _seen(self, name: str) -> Captured:
         if self.inputs != "float":
-            return capture_inputs(self.walk, name, self.pick())
+            return capture_inputs(self.walk, name, self.keep)
         self.walk.start_over()
         with activated(self.layers, ()):
-            return capture_inputs(self.walk, name, self.pick())
+            return capture_inputs(self.walk, name, self.keep)
 
     @torch.no_grad()
     def _layer(self, name: str, target: Captured | None) -> dict[str, Any]:

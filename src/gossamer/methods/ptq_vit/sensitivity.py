@@ -91,7 +91,7 @@ def _output(search: UnitSearch, module: str, names: Sequence[str]) -> tuple[str,
 
 def _see(search: UnitSearch, where: tuple[str, bool], active: Sequence[str]) -> Tensor:
     """Return Y [S, windows, ..., M, N] with the given layers quantized."""
-    pick = RowPick(None, 0, search.images)
+    pick = RowPick(None, 0, search.keep.images)
     with activated(search.layers, active):
         if where[1]:
             return capture_inputs(search.walk, where[0], pick).parts[0]
@@ -137,7 +137,7 @@ def unit_sensitivity(
             kept = {n: (search.layers[n].bits, [b.clone() for b in search.layers[n].buffers()]) for n in names}
             where = _output(search, module, names)
             target = _see(search, where, ())
-            seen = {n: capture_inputs(search.walk, n, search.pick()) for n in names}
+            seen = {n: capture_inputs(search.walk, n, search.keep) for n in names}
             omegas[module] = {}
             for width in widths:
                 _search_at(search, seen, width)
