@@ -133,7 +133,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         p = r["against dense"]
         lines.append(
             f"| {r['variant']} | {r['macs'] / 1e9:.3f} | {r['images']} | {100 * r['top1']:.2f} | "
-            f"{100 * r['interval'][0]:.1f}..{100 * r['interval'][1]:.1f} | {100 * p['agreement']:.2f} | {p['kl']:.4f} | "
+            f"{100 * r['interval'][0]:.1f}..{100 * r['interval'][1]:.1f} | {100 * p['agreement']:.2f} | "
+            f"{p['kl']:.4f} | "
             f"{p['p_value']:.3f} |"
         )
     return "\n".join([*lines, ""])

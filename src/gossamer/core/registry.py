@@ -134,7 +134,8 @@ def build(name: str, options: dict[str, Any]) -> Method:
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in options:
         if key not in fields:
-            raise RecipeError(f"{name}: option {key!r} is unknown; options are {', '.join(fields)}{nearest(key, fields)}")
+            known = ", ".join(fields)
+            raise RecipeError(f"{name}: option {key!r} is unknown; options are {known}{nearest(key, fields)}")
     check = TypeAdapter(cls)
     try:
         return check.validate_python(options)

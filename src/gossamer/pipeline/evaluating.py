@@ -18,7 +18,8 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    model: nn.Module | str, data: Any, runtime: str, *, limit: int | None, batch: int, precision: str | None, threads: int
+    model: nn.Module | str, data: Any, runtime: str, *, limit: int | None, batch: int, precision: str | None,
+    threads: int,
 ) -> dict[str, Any]:  # fmt: skip
     """See ``gossamer.api.evaluate``."""
     engine = get(runtime)

@@ -51,7 +51,8 @@ def graph_for(model: nn.Module | Path, runtime: str, batch: int, folder: Path) -
     if isinstance(model, Path):
         if runtime not in GRAPHS[model.suffix]:
             raise ModelError(
-                f"{model}: {runtime} cannot run {model.suffix} files; runtimes that can: {', '.join(GRAPHS[model.suffix])}"
+                f"{model}: {runtime} cannot run {model.suffix} files; runtimes that can: "
+                f"{', '.join(GRAPHS[model.suffix])}"
             )
         return model
     if runtime == "torch":

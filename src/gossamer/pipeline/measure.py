@@ -97,7 +97,7 @@ def _precisions(stage: Stage, runtime: str) -> tuple[str, ...]:
 
 
 def _examples(images: ImageSource | None, pre: Preprocessing, count: int) -> torch.Tensor | None:
-    """Return real images for the proof of parity: on noise, a token-reduced 8-bit model's choices are all close calls."""
+    """Return real images for the proof of parity: on noise, a token-reduced model's choices are all close calls."""
     if images is None or len(images) < count:
         return None
     return next(iter(batches(images, eval_transform(pre), count)))["image"]
@@ -172,7 +172,7 @@ def _explain(rows: Sequence[Measured], batch: int) -> None:
                     f"int8 kernels gain nothing over {got['best_dense']} here; quantizing and dequantizing around "
                     "softmax, LayerNorm and GELU costs more than the products save"
                     if row.int8
-                    else f"the steps that drop tokens cost more than the saved products at this width in {got['best_dense']}"
+                    else "the steps that drop tokens cost more than the saved products at this width"
                 )
                 row.note = f"not faster than dense {got['best_dense']} ({got['ratio_best_dense']:.2f}x): {why}"
 
