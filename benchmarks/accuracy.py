@@ -23,13 +23,13 @@ from gossamer.core.schedule import Phase, Plan
 from gossamer.core.stack import Stack
 from gossamer.cost.ledger import cost
 from gossamer.data.loading import StepLoader, batches
-from gossamer.data.sources import ImageSource, open_data, take
+from gossamer.data.sources import open_data, take
 from gossamer.data.transforms import eval_transform
 from gossamer.engine.loop import Loop
 from gossamer.export.exporting import export
 from gossamer.models.build import load_model
 from gossamer.models.preprocessing import preprocessing
-from gossamer.pipeline.measure import runtime_accuracy
+from gossamer.pipeline.measure import Prepared, runtime_accuracy
 from gossamer.recipe import TrainSettings
 from gossamer.runtimes import get
 from gossamer.tasks.classification import Classification, Evaluation
@@ -69,10 +69,10 @@ def nncf_int8(xml: Path, folder: Path, model: nn.Module) -> Path | None:
     return out
 
 
-def evaluate(graph: Path, images: ImageSource, model: nn.Module) -> Evaluation:
+def evaluate(graph: Path, images: Prepared) -> Evaluation:
     """Evaluate a static graph in OpenVINO at f32."""
     session = get("openvino").load(graph, precision="f32")
-    return runtime_accuracy(session, images, preprocessing(model), Classification(), BATCH)
+    return runtime_accuracy(session, images, Classification(), BATCH)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     images = open_data("embedded:eval")
     if args.images:
         images = take(images, range(args.images))
+    loaded = Prepared(images, preprocessing(dense), BATCH)
     variants: dict[str, list[tuple[str, dict[str, Any]]]] = {
         "dense": [],
         "ToMe 60%": [("tome", {"macs": "60%"})],
@@ -104,10 +105,10 @@ def main(argv: list[str] | None = None) -> None:
         for name, methods in variants.items():
             model = finished(dense, 16, *methods) if methods else dense
             graph = export(model, Path(scratch) / str(len(found)), format="openvino", batch=BATCH).graph
-            found[name] = evaluate(graph, images, dense)
+            found[name] = evaluate(graph, loaded)
             rows.append({"variant": name, "macs": cost(model, saved=False).macs})
             if name == "dense" and (peer := nncf_int8(graph, Path(scratch), dense)) is not None:
-                found["NNCF int8"] = evaluate(peer, images, dense)
+                found["NNCF int8"] = evaluate(peer, loaded)
                 rows.append({"variant": "NNCF int8", "macs": rows[0]["macs"]})
             print(name, round(100 * found[name].top1, 2), flush=True)
     for row in rows:

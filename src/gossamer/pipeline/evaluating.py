@@ -10,7 +10,7 @@ from torch import nn
 
 from gossamer.data.sources import from_dataset, open_data, take
 from gossamer.pipeline.graphs import graph_for, resolve
-from gossamer.pipeline.measure import runtime_accuracy
+from gossamer.pipeline.measure import Prepared, runtime_accuracy
 from gossamer.runtimes import get
 from gossamer.tasks.classification import Classification
 
@@ -34,7 +34,7 @@ def evaluate(
         graph = graph_for(loaded, runtime, batch, Path(scratch))
         session = engine.load(graph, precision=precision, threads=threads)
         fixed = (session.input_shape or (None,))[0] or batch
-        result = runtime_accuracy(session, images, pre, task, fixed)
+        result = runtime_accuracy(session, Prepared(images, pre, fixed), task, fixed)
     return {
         "images": len(result.targets),
         "top1": result.top1,

@@ -20,7 +20,7 @@ from gossamer.engine.loop import Loop
 from gossamer.export.exporting import export as export_graph
 from gossamer.models.preprocessing import preprocessing
 from gossamer.pipeline.benching import bench
-from gossamer.pipeline.measure import FORMATS, runtime_accuracy
+from gossamer.pipeline.measure import FORMATS, Prepared, runtime_accuracy
 from gossamer.runtimes import get
 from gossamer.tasks.classification import Classification
 
@@ -50,7 +50,7 @@ def to_int8(model: nn.Module, images: ImageSource) -> nn.Module:
 
 def _accuracy(graph: Path, runtime: str, images: ImageSource, module: nn.Module, batch: int) -> float:
     session = get(runtime).load(graph, precision=get(runtime).precisions()[-1])
-    return 100 * runtime_accuracy(session, images, preprocessing(module), Classification(), batch).top1
+    return 100 * runtime_accuracy(session, Prepared(images, preprocessing(module), batch), Classification(), batch).top1
 
 
 def export(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gossamer.core.schedule import Batch
 from gossamer.cost.latency import bench, ratio
 from gossamer.cost.ledger import Cost, cost
 from gossamer.data.loading import batches
@@ -23,8 +24,10 @@ from gossamer.runtimes import Session, get
 from gossamer.tasks.classification import Classification, Evaluation
 from gossamer.tasks.paired import compare
 
-__all__ = ["FORMATS", "Measured", "measure", "runtime_accuracy"]
+__all__ = ["FORMATS", "Measured", "Prepared", "measure", "runtime_accuracy"]
 
+KEEP_IMAGES = 2000
+"""Evaluation sets up to this size stay decoded in memory while several models are measured on them."""
 FORMATS = {"openvino": "openvino", "onnxruntime": "onnx"}
 """Artefact format that each runtime executes."""
 
@@ -78,9 +81,27 @@ def _parts(graph: Path) -> list[Path]:
     return [p for p in (graph, graph.with_suffix(".bin"), Path(f"{graph}.data")) if p.is_file()]
 
 
-def runtime_accuracy(
-    session: Session, images: ImageSource, pre: Preprocessing, task: Classification, batch: int
-) -> Evaluation:
+class Prepared:
+    """Evaluation batches that can be gone through again; a small set is decoded once and kept.
+
+    Args:
+        images: The images.
+        pre: Preprocessing.
+        batch: Images a batch; the last may be smaller.
+    """
+
+    def __init__(self, images: ImageSource, pre: Preprocessing, batch: int) -> None:
+        self._make = lambda: batches(images, eval_transform(pre), batch)
+        self._kept: list[Batch] | None = None
+        self._small = len(images) <= KEEP_IMAGES
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._small and self._kept is None:
+            self._kept = list(self._make())
+        return iter(self._kept) if self._kept is not None else iter(self._make())
+
+
+def runtime_accuracy(session: Session, loaded: Iterable[Batch], task: Classification, batch: int) -> Evaluation:
     """Evaluate a session whose graph takes exactly ``batch`` images (the last batch is padded)."""
 
     def predict(x: torch.Tensor) -> torch.Tensor:
@@ -88,7 +109,7 @@ def runtime_accuracy(
         full = torch.cat([x, x[:1].expand(batch - n, *x.shape[1:])]) if n < batch else x
         return torch.from_numpy(np.asarray(session.run(full.numpy())))[:n]
 
-    return task.evaluate(predict, batches(images, eval_transform(pre), batch))
+    return task.evaluate(predict, loaded)
 
 
 def _precisions(stage: Stage, runtime: str) -> tuple[str, ...]:
@@ -145,12 +166,13 @@ def _accuracies(
     rows: list[Measured], images: ImageSource, pre: Preprocessing, task: Classification, threads: int,
     tick: Callable[[str], None],
 ) -> None:  # fmt: skip
+    loaded = Prepared(images, pre, max(rows[0].files))
     for runtime in dict.fromkeys(r.runtime for r in rows):
         mine = [r for r in rows if r.runtime == runtime]
         for row in mine:
             b = max(row.files)
             session = get(runtime).load(row.files[b], precision=row.precision, threads=threads)
-            row.evaluation = runtime_accuracy(session, images, pre, task, b)
+            row.evaluation = runtime_accuracy(session, loaded, task, b)
             tick(f"{row.stage.title}, {runtime} {row.precision}")
         reference = next(r for r in mine if r.stage.name == "dense" and r.precision == "f32").evaluation
         for row in mine:
