@@ -20,6 +20,7 @@ from gossamer.export.rewrite import (
     add_node,
     attribute,
     constant,
+    graph_of,
     only_user,
     producer,
     quantized_constant,
@@ -46,7 +47,7 @@ def _fold_transposed_weights(model: ir.Model) -> None:
         codes, scale, axis, source = weight
         zero = constant(source.inputs[2])
         inputs = [
-            add_constant(model.graph, codes.T, f"{source.inputs[0].name}_t"),
+            add_constant(model.graph, codes.T, "weight_t"),
             source.inputs[1],
             source.inputs[2] if zero is not None else add_constant(model.graph, np.zeros(scale.shape, np.int8), "zero"),
         ]
@@ -166,15 +167,15 @@ def _is_patch_embedding(node: ir.Node) -> bool:
     )
 
 
-def _patches_as_rows(node: ir.Node, codes: ir.Value) -> ir.Value | None:
+def _patches_as_rows(node: ir.Node, codes: ir.Value | None) -> ir.Value | None:
     """Return the int8 patches of ``codes`` [B, C, H, W] as rows [B, H' W', C k k]."""
     shape, (high, wide) = sizes(codes), attribute(node, "kernel_shape")
-    if shape is None or not all(isinstance(n, int) for n in shape[1:]):
+    if codes is None or codes.dtype is None or shape is None or not all(isinstance(n, int) for n in shape[1:]):
         return None
     channels, height, width = (int(n) for n in shape[1:])
-    if height % high or width % wide or codes.dtype is None:
+    if height % high or width % wide:
         return None
-    graph, batch = node.graph, shape[0]
+    graph, batch = graph_of(node), shape[0]
     grid = [height // high, width // wide]
     cut = np.array([0, channels, grid[0], high, grid[1], wide], np.int64)
     cells = [batch, channels, grid[0], high, grid[1], wide]
@@ -217,8 +218,8 @@ def _use_products_for_patches(model: ir.Model) -> None:
 
 
 def _join_patches(node: ir.Node, rows: ir.Value, shape: list[int | str]) -> None:
-    """Give the users of a convolution its output from ``rows`` [B, H' W', out], without moving it if they flatten it."""
-    graph = node.graph
+    """Give the users of a convolution its output from ``rows`` [B, H' W', out]; nothing moves if they flatten it."""
+    graph = graph_of(node)
     reshape = only_user(node.outputs[0], "Reshape")
     transpose = None if reshape is None else only_user(reshape.outputs[0], "Transpose")
     if transpose is not None and sizes(transpose.outputs[0]) == sizes(rows):

@@ -23,6 +23,7 @@ from gossamer.export.rewrite import (
     attribute,
     chain,
     constant,
+    graph_of,
     only_user,
     producer,
     quantized_constant,
@@ -185,7 +186,7 @@ def _pack(projection: _Projection) -> bool:
     _, scale, _, dequantize = weight
     rows = weight[0].shape[1]
     steps = np.repeat([g.step for g in known], rows // len(known)).astype(np.float64)
-    graph, first = projection.reshape.graph, projection.reshape
+    graph, first = graph_of(projection.reshape), projection.reshape
     dequantize.replace_input_with(1, add_constant(graph, (scale / steps).astype(np.float32), "packed_scale"))
     dequantize.replace_input_with(2, add_constant(graph, np.zeros(rows, np.int8), "packed_zero"))
     bias = projection.bias
@@ -196,7 +197,7 @@ def _pack(projection: _Projection) -> bool:
     one = add_constant(graph, np.ones((), np.float32), "packed_step")
     zero = add_constant(graph, known[0].zero, "packed_zero")
     dtype = ir.tensor(known[0].zero).dtype
-    codes = add_node(first, "QuantizeLinear", [projection.out, one, zero], dtype=dtype, shape=projection.out.shape)
+    codes = add_node(first, "QuantizeLinear", [projection.out, one, zero], dtype=dtype, shape=sizes(projection.out))
     first.replace_input_with(0, codes)
     for grid in known:
         for node in grid.multiplies:
@@ -217,12 +218,12 @@ def pack_projections(model: ir.Model) -> int:
 
 def _sliced_weight(projection: _Projection, index: int, width: int) -> ir.Value | None:
     """Return the weight of one part as a value, ``None`` if the weight is not constant."""
-    graph, span = projection.reshape.graph, slice(index * width, (index + 1) * width)
+    graph, span = graph_of(projection.reshape), slice(index * width, (index + 1) * width)
     value = projection.product.inputs[1]
     quantized = quantized_constant(value)
     if quantized is None:
         weight = constant(value)
-        return None if weight is None else add_constant(graph, weight[:, span], f"{value.name}_part")
+        return None if weight is None else add_constant(graph, weight[:, span], "part_weight")
     codes, scale, axis, node = quantized
     if axis != 1 and scale.size > 1:
         return None
@@ -242,7 +243,7 @@ def _split(projection: _Projection) -> bool:
     heads, depth = projection.heads
     width, bias = heads * depth, projection.bias
     batch, tokens, _ = projection.out.shape or (None, None, None)
-    graph, at = projection.reshape.graph, projection.product
+    graph, at = graph_of(projection.reshape), projection.product
     if _sliced_weight(projection, 0, width) is None:
         return False
     target = add_constant(graph, np.array([0, 0, heads, depth], np.int64), "part_shape")

@@ -14,6 +14,7 @@ __all__ = [
     "attribute",
     "chain",
     "constant",
+    "graph_of",
     "only_user",
     "producer",
     "quantized_constant",
@@ -41,10 +42,10 @@ def producer(value: ir.Value | None, *kinds: str) -> ir.Node | None:
     return node if node is not None and node.op_type in kinds else None
 
 
-def only_user(value: ir.Value, *kinds: str) -> ir.Node | None:
+def only_user(value: ir.Value | None, *kinds: str) -> ir.Node | None:
     """Return the node that alone uses ``value`` if it is of one of ``kinds`` (any without), else ``None``."""
-    uses = list(value.uses())
-    if len(uses) != 1 or value.is_graph_output():
+    uses = [] if value is None else list(value.uses())
+    if value is None or len(uses) != 1 or value.is_graph_output():
         return None
     node = uses[0].node
     return node if not kinds or node.op_type in kinds else None
@@ -92,14 +93,21 @@ def add_constant(graph: ir.Graph, array: np.ndarray, hint: str) -> ir.Value:
     return value
 
 
+def graph_of(node: ir.Node) -> ir.Graph:
+    """Return the graph that holds ``node``."""
+    if not isinstance(node.graph, ir.Graph):
+        raise TypeError(f"node {node.name!r} of kind {node.op_type} belongs to no graph")
+    return node.graph
+
+
 def add_node(  # noqa: PLR0913 - what a node consists of
     before: ir.Node,
     kind: str,
-    inputs: Sequence[ir.Value],
+    inputs: Sequence[ir.Value | None],
     attributes: dict[str, Any] | None = None,
     *,
     dtype: ir.DataType,
-    shape: Sequence[int | str | None] | None,
+    shape: Sequence[int | str | ir.SymbolicDim | None] | None,
 ) -> ir.Value:
     """Put a new node before ``before`` and return its output."""
     node = ir.node(kind, list(inputs), attributes or {})
@@ -107,12 +115,14 @@ def add_node(  # noqa: PLR0913 - what a node consists of
     out.type = ir.TensorType(dtype)
     if shape is not None:
         out.shape = ir.Shape(list(shape))
-    before.graph.insert_before(before, node)
+    graph_of(before).insert_before(before, node)
     return out
 
 
-def replace(old: ir.Value, new: ir.Value) -> None:
+def replace(old: ir.Value | None, new: ir.Value | None) -> None:
     """Let every user of ``old`` use ``new``."""
+    if old is None or new is None:
+        raise TypeError("an absent input cannot be replaced")
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 

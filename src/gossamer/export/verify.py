@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,14 +63,25 @@ def parity(got: np.ndarray, want: np.ndarray, tolerance: float) -> Parity:
 
 
 def sensitivity(model: nn.Module, images: Tensor) -> float:
-    """Return the relative change of the logits when the images change by a millionth.
+    """Return the relative change of the logits when what enters the 8-bit layers changes by a millionth.
 
     A value on the border of two codes may fall to either side, and later layers amplify that: two
-    correct implementations of a deep 8-bit model differ by about this much.
+    correct implementations of a deep 8-bit model differ by about this much. (Nudging the images would
+    show nothing: pixels sit in the middle of their codes.)
     """
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    draw = torch.Generator().manual_seed(1)
+
+    def nudge(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(a * (1 + _NUDGE * torch.randn(a.shape, generator=draw)) for a in args)
+
     with torch.no_grad():
-        want, got = model(images), model(images * (1 + _NUDGE * noise))
+        want = model(images)
+        handles = [m.register_forward_pre_hook(nudge) for m in model.modules() if hasattr(m, "input_bits")]
+        try:
+            got = model(images)
+        finally:
+            for handle in handles:
+                handle.remove()
     return float((got - want).norm() / want.norm().clamp_min(1e-12))
 
 

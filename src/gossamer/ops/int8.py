@@ -135,7 +135,9 @@ class _Int8Weights(nn.Module):
     weight_zero_point: Tensor
     bias: Tensor | None
 
-    def __init__(self, shape: tuple[int, ...], num_scales: int, bias: bool, bits: tuple[int, int], signed: bool) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], num_scales: int, bias: bool, bits: tuple[int, int], signed: bool
+    ) -> None:
         super().__init__()
         where = type(self).__name__
         _check_bits(where, weight_bits=bits[0], input_bits=bits[1])
@@ -312,9 +314,7 @@ class Int8Conv2d(_Int8Weights):
         """Round ``source`` to the given grids; arguments and errors as in ``Int8Linear.from_scales``."""
         out = source.out_channels
         scale = _scales("Int8Conv2d weight", weight_scale, tuple(n for n in range(1, out + 1) if out % n == 0))
-        new = cls.like(
-            source, num_scales=scale.numel(), weight_bits=weight_bits, input_bits=input_bits, signed=signed
-        )
+        new = cls.like(source, num_scales=scale.numel(), weight_bits=weight_bits, input_bits=input_bits, signed=signed)
         new._fill(source, scale, input_scale)
         return new
 

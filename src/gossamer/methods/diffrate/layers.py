@@ -132,7 +132,7 @@ class GatedBlock(_RankingBlock):
     """Learns how many tokens to prune and to merge; all tokens stay, those gone are masked.
 
     Its parameters ``prune_logits`` and ``merge_logits`` (absent where switched off) exist during the
-    search only.
+    search only. With ``bypass`` set it keeps all tokens, as the dense model's block.
 
     Args:
         source: A token block.
@@ -152,6 +152,7 @@ class GatedBlock(_RankingBlock):
         super().__init__(source, rules)
         self.num_tokens = num_tokens
         self.gate = gate
+        self.bypass = False
         weight = self.attn.qkv.weight
         counts = torch.arange(num_tokens - self.num_prefix, 0, -gate.granularity, device=weight.device)
         self.register_buffer("candidates", counts.float(), persistent=False)
@@ -189,7 +190,7 @@ class GatedBlock(_RankingBlock):
         self, x: Tensor, size: Tensor | None, parts: Attended, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Return all tokens in descending order of importance; updates the track's mask."""
-        if self.prune_logits is None and self.merge_logits is None:
+        if self.bypass or (self.prune_logits is None and self.merge_logits is None):
             return x, size
         i, track, n = self.index + 1, self.track, x.shape[1]
         order = rank_tokens(self.importance(parts, bias), n, self.num_prefix)

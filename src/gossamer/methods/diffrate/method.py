@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import ModelError, RecipeError
@@ -39,6 +40,7 @@ from gossamer.models.timm_adapter import token_view
 from gossamer.ops.token_blocks import TokenBlock
 from gossamer.ops.token_rates import ste_min
 from gossamer.ops.tokens import find_track
+from gossamer.tasks.classification import logits_of
 
 __all__ = ["DiffRate"]
 
@@ -68,6 +70,9 @@ class DiffRate(Method):
         granularity: Step between candidate counts.
         lr: Learning rate of the rates (AdamW without weight decay, cosine).
         min_lr_ratio: Final over first learning rate.
+        targets: What the search must keep: ``"labels"`` (published: the task's loss) or ``"dense"`` (the
+            dense model's own probabilities; needs no labels and one more forward pass a step, and
+            is a far less noisy signal for short searches).
         budget_weight: Weight of the squared budget error.
         budget_unit: ``"gmacs"`` (published) or ``"relative"`` (same stiffness for models of any size).
         warmup: Leave the budget out for the first third of the search.
@@ -98,6 +103,7 @@ class DiffRate(Method):
     granularity: int = 1
     lr: float = 0.01
     min_lr_ratio: float = 0.1
+    targets: str = "labels"
     budget_weight: float = 5.0
     budget_unit: str = "gmacs"
     warmup: bool = False
@@ -181,7 +187,7 @@ class DiffRate(Method):
         return {"arch": gates} if gates else {}
 
     def loss(self, model: nn.Module, batch: Batch, out: Any, step: Step) -> Terms:
-        """Return the budget term of the search: weight x (MACs - target)^2."""
+        """Return the budget term of the search, weight x (MACs - target)^2, and its own task term if asked."""
         if step.phase != SEARCH or not _gated_blocks(model):
             return {}
         view = self._gated_view(model)
@@ -189,7 +195,11 @@ class DiffRate(Method):
         unit = GMACS if self.budget_unit == "gmacs" else cost.dense / DEIT_S_GMACS
         error = (self.expected_macs(model) - self._target(model, view)) / unit
         weight = 0.0 if self.warmup and 3 * step.index < step.total else self.budget_weight
-        return {"diffrate.budget": weight * error.square()}
+        terms = {"diffrate.budget": weight * error.square()}
+        if self.targets == "dense":
+            kept = logits_of(out).float().log_softmax(-1)
+            terms["task"] = -(_dense_probabilities(model, batch["image"]) * kept).sum(-1).mean()
+        return terms
 
     def expected_macs(self, model: nn.Module) -> Tensor:
         """Return the MACs of the rates as they stand, a scalar with gradient towards them (eq. 8)."""
@@ -219,6 +229,7 @@ class DiffRate(Method):
         allowed = {
             "budget_unit": ("gmacs", "relative"),
             "start": ("ramp", "uniform"),
+            "targets": ("labels", "dense"),
             "importance": ("attention", "order"),
         }
         for name, values in allowed.items():
@@ -296,6 +307,21 @@ def _layout(view: TokenView) -> dict[str, Any]:
     blocks = [{"name": b.name, "attention": b.attention} for b in view.blocks]
     layout = {"num_prefix": view.num_prefix, "has_class": view.has_class_token, "pool": view.pool}
     return {"blocks": blocks, "layout": layout}
+
+
+@torch.no_grad()
+def _dense_probabilities(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the class probabilities [B, K] of the model with all its tokens."""
+    blocks, training = _gated_blocks(model), model.training
+    model.eval()
+    try:
+        for block in blocks:
+            block.bypass = True
+        return logits_of(model(images)).float().softmax(-1)
+    finally:
+        for block in blocks:
+            block.bypass = False
+        model.train(training)
 
 
 def _gated_blocks(model: nn.Module) -> list[GatedBlock]:
