@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         "dense": [],
         "ToMe 60%": [("tome", {"macs": "60%"})],
         "DiffRate 60%": [("diffrate", {"macs": "60%", **args.search})],
-        "DiffRate 60%, device-aware": [("diffrate", {"macs": "60%", "form": "device", **args.search})],
+        "DiffRate 60%, device-aware": [("diffrate", {"macs": "60%", "device_aware": True, **args.search})],
         "PTQ for ViT, int8": [("ptq_vit", args.ptq)],
         "min-max, int8": [("ptq_minmax", {})],
     }

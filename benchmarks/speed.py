@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None, tell: Callable[[str], None] = print) -> 
         "int8": {"images": 4, "n_candidates": 4, "max_iter": 1, "bias_correction": False},
         "tome": {"macs": "60%"},
         "free": {"macs": "60%"},
-        "aware": {"macs": "60%", "form": "device"},
+        "aware": {"macs": "60%", "device_aware": True},
         **args.options,
     }
     variants = list(models(**options))

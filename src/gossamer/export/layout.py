@@ -30,9 +30,8 @@ from gossamer.export.rewrite import (
 )
 from gossamer.ops.int8 import SIGNED_ZERO
 
-__all__ = ["TARGETS", "lay_out"]
+__all__ = ["STEPS", "lay_out"]
 
-TARGETS = ("onnxruntime", "openvino")
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -233,17 +232,7 @@ def _join_patches(node: ir.Node, rows: ir.Value, shape: list[int | str]) -> None
     replace(node.outputs[0], add_node(node, "Reshape", [turned, target], dtype=ir.DataType.FLOAT, shape=shape))
 
 
-def lay_out(model: ir.Model, target: str) -> None:
-    """Rewrite a traced graph in place for ``target`` ("openvino" or "onnxruntime"); values stay the same.
-
-    Graphs without 8-bit layers are only touched for OpenVINO (``split_projections``).
-    """
-    for step in _STEPS[target]:
-        step(model)
-        RemoveUnusedNodesPass()(model)  # the next step counts users
-
-
-_STEPS: dict[str, tuple[Callable[[ir.Model], object], ...]] = {
+STEPS: dict[str, tuple[Callable[[ir.Model], object], ...]] = {
     "onnxruntime": (
         _fold_transposed_weights,
         pack_projections,
@@ -260,3 +249,20 @@ _STEPS: dict[str, tuple[Callable[[ir.Model], object], ...]] = {
         _dequantize_before_transposes,
     ),
 }
+"""The rewrites for each runtime, in order."""
+
+
+def lay_out(model: ir.Model, target: str, without: str | None = None) -> None:
+    """Rewrite a traced graph in place for ``target``; values stay the same up to rounding.
+
+    Graphs without 8-bit layers are only touched for OpenVINO (``split_projections``).
+
+    Args:
+        model: The graph.
+        target: ``"openvino"`` or ``"onnxruntime"``.
+        without: Name of a step to leave out, to see what it is worth (``benchmarks/int8_layout.py``).
+    """
+    for step in STEPS[target]:
+        if step.__name__.lstrip("_") != without:
+            step(model)
+            RemoveUnusedNodesPass()(model)  # the next step counts users

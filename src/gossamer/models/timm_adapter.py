@@ -66,6 +66,12 @@ def open_attention(model: nn.Module, name: str) -> nn.Module:
     return new
 
 
+def _matrix_size(module: nn.Module | None) -> int:
+    """Return the number of weights of a linear layer in any form (float, quantized), 0 for other modules."""
+    weight = getattr(module, "weight", None)
+    return weight.numel() if isinstance(weight, torch.Tensor) and weight.dim() == 2 else 0
+
+
 def _block_views(model: nn.Module) -> tuple[BlockView, ...]:
     """Return the blocks of the model's only block list; raise where there is none or several."""
     lists: dict[str, list[str]] = {}
@@ -137,7 +143,7 @@ def token_view(model: nn.Module, num_tokens: int | None = None, num_prefix: int 
     proj = getattr(embed, "proj", None)
     patch_macs = grid[0] * grid[1] * proj.weight.numel() if proj is not None else 0
     heads = [getattr(model, h, None) for h in ("head", "head_dist")]
-    head_macs = sum(h.weight.numel() for h in heads if isinstance(h, nn.Linear))
+    head_macs = sum(_matrix_size(h) for h in heads)
     has_class = getattr(model, "cls_token", None) is not None and num_prefix > 0
     pool = getattr(model, "global_pool", "unknown")
     pool = pool if pool in ("token", "avg") else "unknown"
@@ -147,7 +153,7 @@ def token_view(model: nn.Module, num_tokens: int | None = None, num_prefix: int 
 def mlp_hidden(model: nn.Module, block: BlockView) -> int:
     """Return the MACs per token of a block's MLP divided by its width (hidden width for a plain MLP, doubled)."""
     mlp = model.get_submodule(block.mlp)
-    weights = [m.weight.numel() for m in mlp.modules() if isinstance(m, nn.Linear)]
+    weights = [n for n in map(_matrix_size, mlp.modules()) if n]
     width = model.get_submodule(f"{block.name}.norm1").weight.numel()
     if not weights:
         raise ModelError(f"MLP at {block.mlp!r} has no linear layer; expected {Mlp.__module__}.Mlp or a gated MLP")

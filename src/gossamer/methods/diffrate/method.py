@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import ModelError, RecipeError
@@ -40,7 +39,7 @@ from gossamer.models.timm_adapter import token_view
 from gossamer.ops.token_blocks import TokenBlock
 from gossamer.ops.token_rates import ste_min
 from gossamer.ops.tokens import find_track
-from gossamer.tasks.classification import logits_of
+from gossamer.tasks.classification import logits_of, predictor
 
 __all__ = ["DiffRate"]
 
@@ -309,19 +308,16 @@ def _layout(view: TokenView) -> dict[str, Any]:
     return {"blocks": blocks, "layout": layout}
 
 
-@torch.no_grad()
 def _dense_probabilities(model: nn.Module, images: Tensor) -> Tensor:
     """Return the class probabilities [B, K] of the model with all its tokens."""
-    blocks, training = _gated_blocks(model), model.training
-    model.eval()
+    blocks = _gated_blocks(model)
     try:
         for block in blocks:
             block.bypass = True
-        return logits_of(model(images)).float().softmax(-1)
+        return predictor(model)(images).softmax(-1).to(images.device)
     finally:
         for block in blocks:
             block.bypass = False
-        model.train(training)
 
 
 def _gated_blocks(model: nn.Module) -> list[GatedBlock]:

@@ -311,6 +311,18 @@ def test_search_without_task_reaches_the_budget_by_itself() -> None:
     assert cost(found["merge"]) / cost.dense == pytest.approx(0.70, rel=0.02)
 
 
+def test_dense_targets_need_no_labels_and_vanish_with_nothing_reduced() -> None:
+    method = DiffRate(macs="70%", targets="dense", budget_unit="relative")
+    stack, model, phase = searching(small(), method)
+    batch, step = {"image": wave((3, 3, 48, 48), 7)}, Step(phase.name, "main", 0, 10)
+    plain = small().eval()(batch["image"])
+    terms = method.loss(model, batch, plain, step)
+    entropy = torch.distributions.Categorical(logits=plain).entropy().mean()
+    torch.testing.assert_close(terms["task"], entropy, atol=1e-5, rtol=1e-5)
+    assert method.loss(model, batch, model(batch["image"]), step)["task"] > entropy
+    assert model.training, "the dense pass must not leave the model in evaluation mode"
+
+
 def test_without_a_budget_term_more_tokens_stay() -> None:
     method = DiffRate(macs="60%", search_steps=20, lr=0.05, budget_weight=0.0)
     stack, model, phase = searching(small(), method)
