@@ -21,7 +21,7 @@ from gossamer.models.store import load, save
 from gossamer.pipeline.measure import Measured, measure
 from gossamer.pipeline.setup import Setup, check_target, set_up
 from gossamer.pipeline.stages import StageFolder
-from gossamer.pipeline.summary import write_summary
+from gossamer.pipeline.summary import DESCRIBED, write_summary
 from gossamer.recipe import Recipe
 from gossamer.report.build import build_report
 from gossamer.runtimes.device import device_report
@@ -133,6 +133,7 @@ def execute(
             _write_inputs(setup, run_dir)
         finished, keeper = _train(setup, run_dir, resume=resume, progress=progress)
         if is_main():
+            write_json(run_dir / DESCRIBED, setup.stack.describe(finished))
             if setup.savable:
                 save(finished, run_dir / "model", stack=setup.stack)
     if not is_main():
@@ -144,7 +145,7 @@ def execute(
     )  # fmt: skip
     write_json(run_dir / "cost.json", _costs(rows, setup.dense, finished))
     table = [r.row() for r in rows]
-    write_summary(setup, finished, keeper, table, run_dir)
+    write_summary(setup, keeper, table, run_dir)
     result = RunResult(finished, table, run_dir, build_report([run_dir], run_dir / "report.html"))
     Checkpoints(run_dir).mark_finished({"images": 0 if setup.evaluation is None else len(setup.evaluation)})
     result.missed = check_target(recipe, _figures(table, "dense"), _figures(table, "finished"))

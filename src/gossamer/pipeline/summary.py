@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from gossamer.engine.checkpoint import write_json
 from gossamer.pipeline.setup import Setup
 from gossamer.pipeline.stages import StageFolder
 from gossamer.report.photos import photo_maps
 
-__all__ = ["curves", "write_summary"]
+__all__ = ["DESCRIBED", "curves", "write_summary"]
+
+DESCRIBED = "methods.json"
+"""What the methods say of the run, written when training ends: a resumed run has lost their state by then."""
 
 
 def curves(metrics: Path) -> list[dict[str, Any]]:
@@ -34,40 +35,22 @@ def curves(metrics: Path) -> list[dict[str, Any]]:
 
 
 def _facts(table: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    dense = next(r for r in table if r["name"] == "dense")
     chosen = next((r for r in table if r.get("chosen")), table[-1])
-    batch = max(chosen["latency"], key=int)
-    latency = chosen["latency"][batch]
-    return {
-        "shipped": f"{chosen['stage']} in {chosen['runtime']} {chosen['precision']}",
-        "macs_dense": dense["macs"],
-        "macs": chosen["macs"],
-        "bytes_dense": dense["file_bytes"],
-        "bytes": chosen["file_bytes"],
-        "top1_dense": dense["top1"],
-        "top1": chosen["top1"],
-        "agreement": chosen["agreement"],
-        "batch": int(batch),
-        "median_ms": latency["median_ms"],
-        "ratio_fp32": latency["ratio_fp32"],
-        "ratio_best_dense": latency["ratio_best_dense"],
-        "best_dense": latency["best_dense"],
-    }
+    return {"fastest": f"{chosen['stage']} in {chosen['runtime']}, {chosen['precision']}"}
 
 
 def write_summary(
-    setup: Setup, finished: nn.Module, keeper: StageFolder, table: Sequence[dict[str, Any]], run_dir: Path
+    setup: Setup, keeper: StageFolder, table: Sequence[dict[str, Any]], run_dir: Path
 ) -> Path:
     """Write ``run_dir/report.json`` and return its path.
 
     Args:
         setup: The run's objects.
-        finished: The finished model.
         keeper: The stages.
         table: The measured rows.
         run_dir: Run folder.
     """
-    described = setup.stack.describe(finished)
+    described = json.loads((run_dir / DESCRIBED).read_text(encoding="utf-8"))
     merged: dict[str, Any] = {}
     for parts in described.values():
         for key in ("tokens", "quantization"):
