@@ -36,6 +36,8 @@ from gossamer.tasks.classification import Classification, Evaluation
 from gossamer.tasks.paired import compare
 
 BATCH = 16
+EXTENDED = {"n_candidates": 12, "max_iter": 2, "per_channel": True, "unsigned_softmax": True, "equalise": 0.8}
+"""PTQ for ViT with its labelled extensions and a short step search."""
 
 
 def finished(model: nn.Module, steps_batch: int, *methods: tuple[str, dict[str, Any]]) -> nn.Module:
@@ -84,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--search", type=json.loads, default={"search_steps": 60, "lr": 0.05, "budget_unit": "relative"}
     )
-    parser.add_argument("--ptq", type=json.loads, default={})
+    parser.add_argument("--ptq", type=json.loads, default=EXTENDED)
     args = parser.parse_args(argv)
     dense = load_model("vit_tiny_patch16_224@embedded").eval()
     images = open_data("embedded:eval")
@@ -97,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         "DiffRate 60%": [("diffrate", {"macs": "60%", **args.search})],
         "DiffRate 60%, device-aware": [("diffrate", {"macs": "60%", "device_aware": True, **args.search})],
         "PTQ for ViT, int8": [("ptq_vit", args.ptq)],
+        "PTQ for ViT, int8, max-abs steps": [("ptq_vit", {**args.ptq, "max_iter": 0})],
         "min-max, int8": [("ptq_minmax", {})],
     }
     found: dict[str, Evaluation] = {}
