@@ -79,8 +79,9 @@ def arms(model: nn.Module, macs: str, steps: int) -> Iterator[tuple[str, Method]
     for seed in range(3):
         yield f"random list {seed}", DiffRate(schedule=random_schedule(model, macs, seed))
     yield "DiffRate, no search (ramp)", DiffRate(**{**search, "search_steps": 1, "lr": 0.0})
-    yield "DiffRate, searched", DiffRate(**search)
-    yield "DiffRate, searched, device-aware", DiffRate(**search, device_aware=True)
+    yield "DiffRate, searched on labels", DiffRate(**search)
+    yield "DiffRate, searched on the dense answers", DiffRate(**search, targets="dense")
+    yield "DiffRate, device-aware, searched on the dense answers", DiffRate(**search, targets="dense", device_aware=True)
     yield "DiffRate, released deit_tiny/0.8", DiffRate(schedule=released_schedule(model, "deit_tiny/0.8", macs))
 
 
