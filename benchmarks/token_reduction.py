@@ -81,7 +81,8 @@ def arms(model: nn.Module, macs: str, steps: int) -> Iterator[tuple[str, Method]
     yield "DiffRate, no search (ramp)", DiffRate(**{**search, "search_steps": 1, "lr": 0.0})
     yield "DiffRate, searched on labels", DiffRate(**search)
     yield "DiffRate, searched on the dense answers", DiffRate(**search, targets="dense")
-    yield "DiffRate, device-aware, searched on the dense answers", DiffRate(**search, targets="dense", device_aware=True)
+    aware = DiffRate(**search, targets="dense", device_aware=True)
+    yield "DiffRate, device-aware, searched on the dense answers", aware
     yield "DiffRate, released deit_tiny/0.8", DiffRate(schedule=released_schedule(model, "deit_tiny/0.8", macs))
 
 
