@@ -63,7 +63,9 @@ class TrainSettings(_Part):
     """The recipe's own training phase (``"fit"``) and the defaults of every other one.
 
     ``batch_size`` counts images per process and step; ``accumulate`` splits them into micro
-    batches. Neither ``epochs`` nor ``steps``: no training of its own.
+    batches. Neither ``epochs`` nor ``steps``: no training of its own. ``ema`` is the decay of a
+    moving average of the weights; ``ship`` says whether the finished model holds the average
+    (the default, where there is one) or the weights of the last step.
     """
 
     epochs: float | None = Field(default=None, ge=0)
@@ -79,6 +81,7 @@ class TrainSettings(_Part):
     clip_grad: float | None = Field(default=None, gt=0)
     precision: Literal["no", "bf16", "fp16"] = "no"
     ema: float | None = Field(default=None, gt=0, lt=1)
+    ship: Literal["ema", "last"] = "ema"
     layer_decay: float | None = Field(default=None, gt=0, le=1)
     checkpoint_every: int = Field(default=50, ge=1)
 

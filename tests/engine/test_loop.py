@@ -151,13 +151,65 @@ def test_seeds_differ_by_rank_only_where_asked():
     assert draw(0, True) != draw(1, True)
 
 
-def test_moving_average_is_a_variant():
-    loop = make_loop(ema=0.5)
+def averaged_by_hand(decay: float):
+    """Return a method that averages the weights itself; its average starts at the first weights it is shown."""
+
+    class Watch(Method):
+        average = None
+
+        def phases(self, plan):
+            self.average = {}
+            return plan
+
+        def before_step(self, model, step):
+            for name, p in model.named_parameters():
+                self.average.setdefault(name, p.detach().clone())
+
+        @torch.no_grad()
+        def after_step(self, model, step):
+            for name, p in model.named_parameters():
+                self.average[name].lerp_(p, 1 - decay)
+
+    return Watch()
+
+
+@pytest.mark.parametrize("ship", ["ema", "last"])
+def test_the_average_is_shipped_unless_the_recipe_says_otherwise(ship):
+    watch, given = averaged_by_hand(0.5), TrainSettings(lr=1e-2, ema=0.5, ship=ship)
+    loop = Loop(Stack([watch]), Task(), {"train": Data()}, [Phase("fit", 6)], settings=given, seed=5)
     model = loop.train(net())
     now = {k: v.clone() for k, v in model.state_dict().items()}
-    with loop.variants(model)["ema"]:
+    assert same(now, watch.average) == (ship == "ema")
+    other = "last" if ship == "ema" else "ema"
+    with loop.variants(model)[other]:
         assert not same(model.state_dict(), now)
+        assert same(model.state_dict(), watch.average) == (other == "ema")
     assert same(model.state_dict(), now)
+    last = make_loop("plain", lr=1e-2).run(net())
+    assert same(make_loop("plain", lr=1e-2, ema=0.5, ship="last").run(net()).state_dict(), last.state_dict())
+
+
+def test_only_what_trains_with_the_weights_is_averaged():
+    model = make_loop("rates", ema=0.9).run(net())
+    plain = make_loop("rates").run(net())
+    assert torch.equal(model.blocks[1].theta, plain.blocks[1].theta)  # searched, and not trained since
+    assert model.blocks[1].keep == plain.blocks[1].keep
+    assert not torch.equal(model.head.weight, plain.head.weight)
+
+
+def test_a_methods_own_work_is_adopted_by_the_average():
+    class Rewrite(Method):
+        def phases(self, plan):
+            return plan.before("fit", Phase("rewrite", 1, work=self.work))
+
+        @torch.no_grad()
+        def work(self, model, loaders, step):
+            model.head.weight.add_(1.0)
+
+    given = TrainSettings(lr=1e-9, weight_decay=0.0, ema=0.999)
+    start = net().head.weight.detach()
+    loop = Loop(Stack([Rewrite()]), Task(), {"train": Data()}, [Phase("fit", 2)], settings=given)
+    torch.testing.assert_close(loop.run(net()).head.weight, start + 1.0)
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])

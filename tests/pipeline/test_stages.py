@@ -50,6 +50,18 @@ def test_a_work_phase_and_an_empty_phase_leave_no_stage(tmp_path: Path) -> None:
         assert torch.equal(keeper.stages()[1].model()(x), model.eval()(x))
 
 
+def test_titles_say_which_stages_hold_the_average(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    keeper = StageFolder(tmp_path, Stack(), savable=False, average=0.99)
+    keeper.keep(0, "dense", model, edited=False)
+    keeper.on_phase_end(0, Phase("fit.a", 1), model)
+    keeper.on_phase_end(1, Phase("fit.b", 1), model)
+    keeper.keep(99, "finished", model)
+    assert [s.title for s in keeper.stages()] == ["dense", "fine-tuned", "fine-tuned, EMA 0.99", "finished, EMA 0.99"]
+    keeper.average = None
+    assert "EMA" not in keeper.stages()[-1].title
+
+
 def test_a_module_only_its_owner_can_build_is_kept_in_memory(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     keeper = StageFolder(tmp_path, Stack(), savable=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +20,9 @@ def _averaged(model: nn.Module) -> dict[str, Tensor]:
 class Ema:
     """``average <- decay * average + (1 - decay) * weight`` after every update of the weights.
 
+    Only what trains together with the weights is averaged, buffers included (as timm does). Everything
+    else - parameters of other turns, what a method's own work writes - is adopted as it is.
+
     Args:
         decay: Share kept per step, in (0, 1).
     """
@@ -36,32 +39,64 @@ class Ema:
         self.average = {k: kept[k].to(v.device) if k in kept else v.detach().clone() for k, v in now.items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average towards the model's present weights."""
+    def update(self, model: nn.Module, trained: Iterable[nn.Parameter], *, adopt: bool = False) -> None:
+        """Move the average of ``trained`` parameters and of buffers towards the present.
+
+        Args:
+            model: The model.
+            trained: Parameters that the turn has trained.
+            adopt: The turn does not train the weights: take its parameters over instead of averaging.
+        """
+        mine = {id(p) for p in trained}
         for name, value in _averaged(model).items():
-            self.average[name].lerp_(value.detach(), 1 - self.decay)
+            if not isinstance(value, nn.Parameter):
+                self.average[name].lerp_(value, 1 - self.decay)
+            elif id(value) in mine:
+                self.average[name].lerp_(value.detach(), 1.0 if adopt else 1 - self.decay)
 
     @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
-        """Evaluate under the averaged weights; the present ones come back unchanged.
+    def adopting(self, model: nn.Module) -> Iterator[None]:
+        """Take over every entry of ``model`` that changes inside (a method's own work)."""
+        with torch.no_grad():
+            before = {k: v.detach().clone() for k, v in _averaged(model).items()}
+        yield
+        with torch.no_grad():
+            for name, value in _averaged(model).items():
+                if name not in before or not torch.equal(before[name], value):
+                    self.average[name] = value.detach().clone()
+
+    @torch.no_grad()
+    def exchange(self, model: nn.Module) -> None:
+        """Put the average into ``model`` and keep the weights it held in its place.
 
         Raises:
             ModelError: The model's structure is no longer the averaged one.
         """
+        now = self._matching(model)
+        held = {k: v.detach().clone() for k, v in now.items()}  # all before any is written: some may be tied
+        for name, value in now.items():
+            value.copy_(self.average[name])
+        self.average = held
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Evaluate under the other set of weights; the present ones come back unchanged.
+
+        Raises:
+            ModelError: The model's structure is no longer the averaged one.
+        """
+        self.exchange(model)
+        try:
+            yield
+        finally:
+            self.exchange(model)
+
+    def _matching(self, model: nn.Module) -> dict[str, Tensor]:
         now = _averaged(model)
         if {k: v.shape for k, v in now.items()} != {k: v.shape for k, v in self.average.items()}:
             odd = sorted(now.keys() ^ self.average.keys()) or ["a reshaped entry"]
             raise ModelError(f"ema: the model changed since it was averaged ({odd[0]}); evaluate before finish")
-        with torch.no_grad():
-            kept = {k: v.detach().clone() for k, v in now.items()}
-            for k, v in now.items():
-                v.copy_(self.average[k])
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for k, v in now.items():
-                    v.copy_(kept[k])
+        return now
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages."""

@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -135,8 +135,9 @@ class Loop:
         return model
 
     def variants(self, model: nn.Module) -> dict[str, AbstractContextManager[None]]:
-        """Return every state to evaluate ``model`` under, the recipe's moving average included."""
-        own = {"ema": self.ema.applied(model)} if self.ema is not None else {}
+        """Return every state to evaluate ``model`` under, with the set of weights that it does not hold now."""
+        other = "last" if self.at.phase > self._shipping() else "ema"
+        own = {other: self.ema.applied(model)} if self.ema is not None else {}
         return {**self.stack.variants(model), **own}
 
     def _open(self) -> dict[str, Any] | None:
@@ -232,6 +233,8 @@ class Loop:
             if stop:
                 self._interrupt(phase)
         runner.close()
+        if self.ema is not None and self.at.phase == self._shipping():
+            self.ema.exchange(model)  # before leave: what methods decide from here on is for these weights
         seed_globals(self._step(phase.name, self.at.step, phase.steps), "leave")
         model = self._place(self.stack.leave(model, phase))
         check_equal(self.accelerator, f"edits on leaving phase {phase.name!r}", self.stack.edits)
@@ -250,12 +253,18 @@ class Loop:
         seed_globals(self._step(phase.name, self.at.step, phase.steps), "until")
         return bool(phase.until(model))
 
+    def _shipping(self) -> float:
+        """Return the index of the phase that ends with the average in the weights' place: the last to train them."""
+        trains = [i for i, p in enumerate(self.plan) if p.work is None and any("weights" in t.trains for t in p.turns)]
+        return trains[-1] if trains and self.settings.ship == "ema" else math.inf
+
     def _work(self, model: nn.Module, phase: Phase) -> tuple[dict[str, float], bool]:
         started = time.perf_counter()
         step = Step(phase.name, "work", self.at.step, phase.steps, self.seed, 0)
         seed_globals(step, "work")
         model.eval()
-        terms = (phase.work(model, self._loaders, step) if phase.work is not None else None) or {}
+        with self.ema.adopting(model) if self.ema is not None else nullcontext():
+            terms = (phase.work(model, self._loaders, step) if phase.work is not None else None) or {}
         self._follow_rank_zero(model)
         self._row(step, terms, {}, started)
         return terms, self._mean([float(self._stop.requested)])[0] > 0
@@ -299,8 +308,8 @@ class Loop:
         seed_globals(step, "after_step")
         self.stack.after_step(model, step)
         broadcast_tensors(self.accelerator, state_tensors([model, *self._extras()], buffers_only=True))
-        if self.ema is not None and "weights" in turn.trains:
-            self.ema.update(model)
+        if self.ema is not None:
+            self.ema.update(model, runner.trained[turn.name], adopt="weights" not in turn.trains)
         self._row(step, terms, rates, started, norm)
         return terms, values[-1] > 0
 

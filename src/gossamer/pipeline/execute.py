@@ -62,8 +62,14 @@ def _write_inputs(setup: Setup, run_dir: Path) -> None:
     write_json(run_dir / "environment.json", device_report())
 
 
+def _stage_folder(setup: Setup, run_dir: Path) -> StageFolder:
+    train = setup.recipe.train
+    average = train.ema if train.ship == "ema" else None
+    return StageFolder(run_dir, setup.stack, savable=setup.savable, average=average)
+
+
 def _train(setup: Setup, run_dir: Path, *, resume: bool, progress: bool) -> tuple[nn.Module, StageFolder]:
-    keeper = StageFolder(run_dir, setup.stack, savable=setup.savable)
+    keeper = _stage_folder(setup, run_dir)
     if is_main() and not keeper.stages():
         keeper.keep(0, "dense", setup.model, edited=False)
     options = RunOptions(
@@ -123,7 +129,7 @@ def execute(
     """
     setup = set_up(recipe, model=model, methods=methods, sources=sources, rank=rank(), world=world())
     trained = run_dir / "model" / "model.json"
-    keeper = StageFolder(run_dir, setup.stack, savable=setup.savable)
+    keeper = _stage_folder(setup, run_dir)
     Checkpoints(run_dir).open(resume=resume)  # refuses a folder that holds another run before anything is written
     if resume and trained.is_file():
         finished = load(run_dir / "model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,13 @@ from torch import nn
 from gossamer.core.method import Method
 from gossamer.core.schedule import Phase
 from gossamer.core.stack import LASTING, Stack
+from gossamer.engine.checkpoint import write_json
 from gossamer.models.store import is_saved, load, save
 
 __all__ = ["Stage", "StageFolder", "stage_title"]
+
+_TRAINED = "trained.json"
+"""Names the last stage whose phase trained the weights: from there on they may be an average."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,15 @@ class StageFolder:
         run_dir: Run folder; stages live in ``run_dir/stages/<k>-<name>/``.
         stack: The stack of the run.
         savable: Whether the model can be rebuilt from its source.
+        average: Decay of the moving average that takes the weights' place when training ends, or
+            ``None``; the titles of the stages that hold it say so.
     """
 
-    def __init__(self, run_dir: Path, stack: Stack, *, savable: bool = True) -> None:
+    def __init__(self, run_dir: Path, stack: Stack, *, savable: bool = True, average: float | None = None) -> None:
         self.folder = run_dir / "stages"
         self.stack = stack
         self.savable = savable
+        self.average = average
         self._memory: dict[str, nn.Module] = {}
 
     def keep(self, index: int, name: str, model: nn.Module, *, edited: bool = True) -> None:
@@ -82,14 +90,21 @@ class StageFolder:
         """
         if phase.steps and phase.work is None:
             self.keep(index + 1, phase.name, model)
+            if any("weights" in t.trains for t in phase.turns):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_json(self.folder / _TRAINED, {"last": index + 1})
 
     def stages(self) -> list[Stage]:
         """Return the stages in order."""
         names = {p.name for p in self.folder.glob("[0-9][0-9]-*") if is_saved(p)} | set(self._memory)
+        trained = self.folder / _TRAINED
+        held = self.average is not None and trained.is_file()
+        averaged = json.loads(trained.read_text(encoding="utf-8"))["last"] if held else 100
         found = []
         for entry in sorted(names):
-            name = entry.partition("-")[2]
-            found.append(Stage(name, self._title(name), self.folder / entry, self._memory.get(entry)))
+            index, _, name = entry.partition("-")
+            title = self._title(name) + (f", EMA {self.average:g}" if int(index) >= averaged else "")
+            found.append(Stage(name, title, self.folder / entry, self._memory.get(entry)))
         return found
 
     def _title(self, name: str) -> str:
