@@ -6,7 +6,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gossamer.core.errors import ModelError
-from gossamer.ops.int8 import SIGNED_ZERO, Int8Conv2d, Int8Linear, Int8MatMul, dequantize, quantize
+from gossamer.ops.grids import SIGNED_ZERO, LayerGrids, dequantize, quantize
+from gossamer.ops.int8 import Int8Conv2d, Int8Linear, Int8MatMul
 
 
 def reference(x, scale, low, high):
@@ -43,7 +44,7 @@ def test_linear_equals_fake_quantization(scales, bits):
     layer = Int8Linear.from_scales(linear, scale, 0.02, weight_bits=bits, input_bits=bits)
     torch.testing.assert_close(layer(x), expected)
     assert layer.weight.dtype == torch.int8
-    assert layer.weight_bytes == 96 + 4 * (1 if scales == 1 else 12) + 4 * 12
+    assert layer.weight_bytes == 96 * bits // 8 + 4 * (1 if scales == 1 else 12) + 4 * 12
     assert (layer.weight_bits, layer.input_bits) == (bits, bits)
 
 
@@ -78,7 +79,7 @@ def test_safetensors_round_trip_is_exact_and_small(tmp_path):
     model = nn.Sequential(Int8Linear.from_scales(linear, torch.full((256,), 0.001), 0.02))
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     assert (tmp_path / "model.safetensors").stat().st_size < 256 * 256 * 1.1
-    fresh = nn.Sequential(Int8Linear(256, 256, num_scales=256))
+    fresh = nn.Sequential(Int8Linear(256, 256, grids=LayerGrids(num_scales=256)))
     fresh.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert torch.equal(fresh(x), model(x))
 

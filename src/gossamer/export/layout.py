@@ -28,7 +28,7 @@ from gossamer.export.rewrite import (
     scalar,
     sizes,
 )
-from gossamer.ops.int8 import SIGNED_ZERO
+from gossamer.ops.grids import SIGNED_ZERO
 
 __all__ = ["STEPS", "lay_out"]
 

@@ -17,7 +17,7 @@ from onnxscript import opset19
 from torch import Tensor, nn
 
 from gossamer.core.errors import ModelError, RecipeError
-from gossamer.ops import int8  # noqa: F401 - registers the operators translated below
+from gossamer.ops import grids  # noqa: F401 - registers the operators translated below
 
 __all__ = ["DEFAULT_OPSET", "INPUT", "OPSETS", "OUTPUT", "trace", "write"]
 
@@ -29,8 +29,13 @@ INPUT, OUTPUT = "image", "logits"
 _TWO_GIB = 2**31
 
 
-def _quantize(x: Any, scale: Any, zero_point: Any, axis: int, dtype: Any) -> Any:  # dtype follows from zero_point
-    return opset19.QuantizeLinear(x, scale, zero_point, axis=axis)
+def _quantize(  # noqa: PLR0913 - the operator's own arguments
+    x: Any, scale: Any, zero_point: Any, axis: int, dtype: Any, low: int | None = None, high: int | None = None
+) -> Any:  # dtype follows from zero_point
+    codes = opset19.QuantizeLinear(x, scale, zero_point, axis=axis)
+    if low is None or high is None:
+        return codes
+    return opset19.Clip(codes, opset19.CastLike(low, zero_point), opset19.CastLike(high, zero_point))
 
 
 def _dequantize(q: Any, scale: Any, zero_point: Any, axis: int) -> Any:

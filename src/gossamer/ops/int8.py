@@ -1,288 +1,284 @@
-"""Deployed 8-bit layers: weights held as int8, inputs put on an 8-bit grid, arithmetic in float.
+"""Deployed layers of at most 8 bits: weights held as int8, inputs put on a grid, arithmetic in float.
 
 In torch these layers compute on dequantized values, exactly what QuantizeLinear/DequantizeLinear
-mean in ONNX; a runtime that meets the exported graph runs integer kernels instead. Activations
-have one form whatever the sign: a code in 0..255 with a zero point, ``x ~ scale * (code - zero)``.
-A signed symmetric grid has zero point 128, an unsigned one 0; an exporter may write the same grid
-as int8 (``code - 128``) where a runtime prefers that.
+mean in ONNX; a runtime that meets the exported graph runs integer kernels instead. Any uniform grid
+of ``ops.grids`` is exact. Grids whose levels lie between two codes need a correction beside the one
+integer product, by linearity of ``P(input, weight)``:
+
+    P(codes + h, W + w) = P(codes, W) + w * P(codes, 1) + h * P(1, W + w)
+
+with h half the distance of two odd input levels (a constant) and w half that of two odd 8-bit weight
+levels (the sum of what lies under the kernel, one output channel more).
 """
 
 from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gossamer.core.errors import ModelError
+from gossamer.ops.grids import (
+    InputGrid,
+    InputKind,
+    LayerGrids,
+    dequantize,
+    positive,
+    weight_codes,
+    weight_values,
+)
 
-__all__ = ["SIGNED_ZERO", "Int8Conv2d", "Int8Linear", "Int8MatMul", "dequantize", "quantize"]
+__all__ = ["Int8Conv2d", "Int8Linear", "Int8MatMul", "int8_layer"]
 
-SIGNED_ZERO = 128
-"""Zero point of a signed symmetric grid."""
-_RANGE = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
-
-
-def _along(values: Tensor, x: Tensor, axis: int) -> Tensor:
-    """Return ``values`` [1] or [C] shaped to broadcast along ``axis`` of ``x``."""
-    if values.numel() == 1:
-        return values.reshape(())
-    shape = [1] * x.dim()
-    shape[axis] = -1
-    return values.reshape(shape)
+_TINY = 1e-30
 
 
-@torch.library.custom_op("gossamer::quantize", mutates_args=())
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
-    """Return the integer codes ``saturate(round(x / scale) + zero_point)``, as ONNX QuantizeLinear.
-
-    Rounds half to even. Has no gradient: these layers are for inference.
-
-    Args:
-        x: Any shape, float.
-        scale: Steps [1] or [C], positive.
-        zero_point: Codes of zero, shape of ``scale``.
-        axis: Axis of ``x`` that has C entries (ignored for one scale).
-        dtype: ``torch.uint8`` or ``torch.int8``.
-    """
-    low, high = _RANGE[dtype]
-    codes = torch.round(x.float() / _along(scale, x, axis)) + _along(zero_point, x, axis)
-    return codes.clamp(low, high).to(dtype)
-
-
-@quantize.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(x, dtype=dtype)
-
-
-@torch.library.custom_op("gossamer::dequantize", mutates_args=())
-def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
-    """Return ``(q - zero_point) * scale`` in the dtype of ``scale``, as ONNX DequantizeLinear.
-
-    Args:
-        q: Codes, any shape, uint8 or int8.
-        scale: Steps [1] or [C].
-        zero_point: Codes of zero, shape of ``scale``.
-        axis: Axis of ``q`` that has C entries (ignored for one scale).
-    """
-    return (q.to(scale.dtype) - _along(zero_point, q, axis).to(scale.dtype)) * _along(scale, q, axis)
-
-
-@dequantize.register_fake
-def _(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
-    return torch.empty_like(q, dtype=scale.dtype)
-
-
-def _check_bits(where: str, **bits: int) -> None:
-    for name, value in bits.items():
-        if not 2 <= value <= 8:
-            raise ModelError(f"{where}: {name}={value}; 8-bit kernels hold 2..8 bits. Keep this layer in float")
-
-
-def _scales(where: str, scale: Tensor | float, allowed: tuple[int, ...]) -> Tensor:
-    """Return ``scale`` as a float vector after checking its length and sign."""
-    vector = torch.as_tensor(scale, dtype=torch.float32).detach().reshape(-1).cpu().clone()
-    if vector.numel() not in allowed:
-        raise ModelError(f"{where}: {vector.numel()} scales; allowed are {sorted(set(allowed))}")
-    if not bool((torch.isfinite(vector) & (vector > 0)).all()):
-        raise ModelError(f"{where}: scale {vector.min():g}; every scale must be finite and above 0")
-    return vector
-
-
-def _codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Return int8 codes of ``weight`` [out, ...] for ``scale`` [1], [groups] or [out]."""
-    rows = scale.repeat_interleave(weight.shape[0] // scale.numel()).reshape(-1, *[1] * (weight.dim() - 1))
-    top = 2 ** (bits - 1)
-    codes = torch.round(weight.detach().float().cpu() / rows)
-    return codes.clamp(-top, top - 1).to(torch.int8)
-
-
-class _Grid(nn.Module):
-    """The 8-bit grid of one activation: ``forward`` rounds a tensor to it.
-
-    Args:
-        bits: 2..8; below 8 the tensor is clipped to the narrower grid first.
-        signed: Zero point 128 and codes for negative values, else 0.
-    """
-
-    scale: Tensor
-    zero_point: Tensor
-
-    def __init__(self, bits: int = 8, signed: bool = True) -> None:
-        super().__init__()
-        self.bits = bits
-        self.register_buffer("scale", torch.ones(1))
-        self.register_buffer("zero_point", torch.tensor([SIGNED_ZERO if signed else 0], dtype=torch.uint8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` rounded to the grid, in the dtype of ``x``."""
-        if self.bits < 8:
-            span = 2 ** (self.bits - 1)
-            below = self.scale * torch.where(self.zero_point > 0, -span, 0)
-            above = self.scale * torch.where(self.zero_point > 0, span - 1, 2 * span - 1)
-            x = torch.minimum(torch.maximum(x, below), above)
-        codes = quantize(x, self.scale, self.zero_point, 0, torch.uint8)
-        return dequantize(codes, self.scale, self.zero_point, 0).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"bits={self.bits}"
+def _kind(signed: bool) -> InputKind:
+    return "signed" if signed else "unsigned"
 
 
 class _Int8Weights(nn.Module):
-    """What the linear and the convolution share: int8 weights with their scales, a float bias, a grid."""
+    """What the linear and the convolution share: int8 weights with their scales, a float bias, an input grid."""
 
     weight: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor
+    ones: Tensor
     bias: Tensor | None
 
-    def __init__(
-        self, shape: tuple[int, ...], num_scales: int, bias: bool, bits: tuple[int, int], signed: bool
-    ) -> None:
+    def __init__(self, shape: tuple[int, ...], bias: bool, grids: LayerGrids) -> None:
         super().__init__()
-        where = type(self).__name__
-        _check_bits(where, weight_bits=bits[0], input_bits=bits[1])
-        if num_scales < 1 or shape[0] % num_scales:
-            raise ModelError(f"{where}: {num_scales} weight scales for {shape[0]} rows; allowed are 1 and its divisors")
-        self.weight_bits, self.input_bits = bits
-        self.num_scales = num_scales
+        grids.check(type(self).__name__, shape[0])
+        self.grids = grids
+        self.weight_bits, self.input_bits = grids.weight_bits, grids.input_bits
         self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
-        self.register_buffer("weight_scale", torch.ones(1 if num_scales == 1 else shape[0]))
+        self.register_buffer("weight_scale", torch.ones(1 if grids.num_scales == 1 else shape[0]))
         zero = torch.zeros(self.weight_scale.numel(), dtype=torch.int8)
         self.register_buffer("weight_zero_point", zero, persistent=False)
         self.register_buffer("bias", torch.zeros(shape[0]) if bias else None)
-        self.input_grid = _Grid(bits[1], signed)
+        self.input_grid = None if grids.input_grid == "float" else InputGrid(grids.input_bits, grids.input_grid)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes that the stored weights, scales and bias take."""
-        bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
-        return self.weight.numel() + self.weight_scale.numel() * self.weight_scale.element_size() + bias
+    @classmethod
+    @abstractmethod
+    def like(cls, source: Any, grids: LayerGrids, *, bias: bool | None = None) -> Self:
+        """Return an unfilled layer of the geometry of ``source``; ``bias`` overrides whether it has one."""
 
-    def dequantized_weight(self) -> Tensor:
-        """Return the float weight that the codes stand for."""
-        return dequantize(self.weight, self.weight_scale, self.weight_zero_point, 0)
-
-    def _fill(self, source: nn.Linear | nn.Conv2d, weight_scale: Tensor, input_scale: Tensor | float) -> None:
-        where = type(self).__name__
-        rows = self.weight.shape[0]
-        self.weight.copy_(_codes(source.weight, weight_scale, self.weight_bits))
-        if self.weight_scale.numel() > 1:
-            self.weight_scale.copy_(weight_scale.repeat_interleave(rows // weight_scale.numel()))
-        else:
-            self.weight_scale.copy_(weight_scale)
-        self.input_grid.scale.copy_(_scales(f"{where} input", input_scale, (1,)))
-        if source.bias is not None and self.bias is not None:
-            self.bias.copy_(source.bias.detach())
-        self.to(source.weight.device).train(source.training)
-
-
-class Int8Linear(_Int8Weights):
-    """``nn.Linear`` with int8 weights and an 8-bit input.
-
-    Args:
-        in_features: Input channels.
-        out_features: Output channels.
-        bias: Whether there is a (float) bias.
-        num_scales: Weight scales: 1 (per tensor), a divisor of ``out_features`` (equal groups of
-            consecutive rows, e.g. 3 for a fused q/k/v) or ``out_features`` (per channel).
-        weight_bits: 2..8; fewer than 8 are stored in int8 all the same.
-        input_bits: 2..8.
-        signed: Whether the input has negative values.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
+    @classmethod
+    def from_grids(
+        cls,
+        source: Any,
+        grids: LayerGrids,
+        weight_step: Tensor | float,
+        input_step: Tensor | float | None = None,
         *,
-        num_scales: int = 1,
-        weight_bits: int = 8,
-        input_bits: int = 8,
-        signed: bool = True,
-    ) -> None:
-        super().__init__((out_features, in_features), num_scales, bias, (weight_bits, input_bits), signed)
-        self.in_features, self.out_features = in_features, out_features
+        input_zero: int | None = None,
+        weight: Tensor | None = None,
+        bias: bool | None = None,
+    ) -> Self:
+        """Round a layer to the given grids (its bias is kept as it is).
+
+        Args:
+            source: Layer with weights [out, ...], a bias or none, and the geometry of ``nn.Linear`` or ``nn.Conv2d``.
+            grids: Widths and grids; ``num_scales`` may be any multiple of the number of weight steps.
+            weight_step: Value of one unit of the grid, one, one per group of rows, or one per row [out].
+            input_step: The same for the input; ``None`` for a float input.
+            input_zero: Code of zero of an asymmetric input.
+            weight: Float weights in place of those of ``source``, e.g. already rounded or normalised ones.
+            bias: Whether to have a bias; as ``source`` by default.
+
+        Raises:
+            ModelError: A number of steps, step, width or grid that cannot be held.
+        """
+        where, values = cls.__name__, source.weight if weight is None else weight
+        rows = len(values)
+        step = positive(f"{where} weight", weight_step, tuple(n for n in range(1, rows + 1) if rows % n == 0))
+        new = cls.like(source, grids, bias=bias)
+        if grids.num_scales % step.numel():
+            raise ModelError(f"{where} weight: {step.numel()} scales do not go into num_scales={grids.num_scales}")
+        step = step.repeat_interleave(new.weight_scale.numel() // step.numel())
+        new.weight.copy_(weight_codes(values, step, grids))
+        new.weight_scale.copy_(2 * step if grids.halved else step)
+        if (new.input_grid is None) != (input_step is None):
+            raise ModelError(f"{where} input: step {input_step} for a {grids.input_grid} input")
+        if new.input_grid is not None and input_step is not None:
+            new.input_grid.fill(f"{where} input", input_step, input_zero)
+        if source.bias is not None and new.bias is not None:
+            new.bias.copy_(source.bias.detach())
+        return new.to(values.device).train(source.training)
 
     @classmethod
     def from_scales(
         cls,
-        source: nn.Linear,
+        source: Any,
         weight_scale: Tensor | float,
         input_scale: Tensor | float,
         *,
         signed: bool = True,
         weight_bits: int = 8,
         input_bits: int = 8,
-    ) -> Int8Linear:
-        """Round ``source`` to the given grids (its bias is kept as it is).
+    ) -> Self:
+        """Round ``source`` to symmetric weights and a signed or unsigned input, as many steps as are given.
 
         Args:
-            source: Layer with float weights [out, in].
-            weight_scale: One scale, one per group of rows, or one per row [out].
-            input_scale: One scale.
-            signed: Whether the input has negative values (code of zero 128) or not (0).
+            source: As in ``from_grids``.
+            weight_scale: One step, one per group of rows, or one per row [out].
+            input_scale: One step.
+            signed: Whether the input has negative values.
             weight_bits: 2..8.
-            input_bits: 2..8.
+            input_bits: 2..8, from 1 without sign.
 
         Raises:
-            ModelError: A scale count, scale or width that cannot be held.
+            ModelError: As ``from_grids``.
         """
-        out = source.out_features
-        scale = _scales("Int8Linear weight", weight_scale, tuple(n for n in range(1, out + 1) if out % n == 0))
-        new = cls(
-            source.in_features, out, source.bias is not None, num_scales=scale.numel(),
-            weight_bits=weight_bits, input_bits=input_bits, signed=signed,
-        )  # fmt: skip
-        new._fill(source, scale, input_scale)
-        return new
+        rows = len(source.weight)
+        allowed = tuple(n for n in range(1, rows + 1) if rows % n == 0)
+        steps = positive(f"{cls.__name__} weight", weight_scale, allowed)
+        grids = LayerGrids(weight_bits, input_bits, "symmetric", _kind(signed), steps.numel())
+        return cls.from_grids(source, grids, steps, input_scale)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that weights (packed to their width), scales and bias take in a saved model."""
+        bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
+        packed = -(-self.weight.numel() * self.weight_bits // 8)
+        return packed + self.weight_scale.numel() * self.weight_scale.element_size() + bias
+
+    def dequantized_weight(self) -> Tensor:
+        """Return the float weight that the codes stand for."""
+        return weight_values(self.weight, self.weight_scale, self.grids)
+
+    @torch.no_grad()
+    def scale_outputs(self, gain: Tensor, shift: Tensor) -> None:
+        """Multiply the output channels by ``gain`` [out] and add ``shift`` [out], e.g. those of a BatchNorm.
+
+        Exact up to float rounding. A negative gain flips codes; the lowest code of a symmetric grid has no
+        opposite and becomes the highest.
+
+        Raises:
+            ModelError: No bias, or fewer steps than rows (build the layer with ``bias=True`` and per-channel steps).
+        """
+        rows = len(self.weight)
+        if self.bias is None or self.weight_scale.numel() != rows:
+            raise ModelError(
+                f"{type(self).__name__}: bias {self.bias is not None}, {self.weight_scale.numel()} scales for {rows} "
+                f"rows; scaling its outputs takes bias=True and num_scales={rows}"
+            )
+        flip = (gain < 0).reshape(-1, *[1] * (self.weight.dim() - 1)).to(self.weight.device)
+        opposite = -1 - self.weight if self.grids.halved else -self.weight.clamp_min(-127)
+        if self.grids.weight_grid == "symmetric":
+            opposite = opposite.clamp_max(2 ** (self.weight_bits - 1) - 1)
+        self.weight.copy_(torch.where(flip, opposite, self.weight))
+        self.weight_scale.mul_(gain.abs()).clamp_min_(_TINY)
+        self.bias.mul_(gain).add_(shift)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return [..., out] of ``x`` [..., in]."""
-        return F.linear(self.input_grid(x), self.dequantized_weight(), self.bias)
+        """Return the layer's output for ``x``: [..., in] -> [..., out] or [B, in, H, W] -> [B, out, H', W']."""
+        if self.input_grid is None:
+            return self._product(x, self.dequantized_weight(), self.bias)
+        codes = self.input_grid.codes(x)
+        weight = dequantize(self.weight, self.weight_scale, self.weight_zero_point, 0)
+        y = self._product(codes, weight, self.bias)
+        if self.grids.halved:
+            y = y + self._per_channel(self.weight_scale / 2) * self._sums(codes)
+        shift = self.input_grid.shift
+        return y if shift is None else y + self._constant(shift * self.dequantized_weight(), x)
+
+    @abstractmethod
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the product with a float weight."""
+
+    @abstractmethod
+    def _sums(self, x: Tensor) -> Tensor:
+        """Return the product with a weight of ones, one output channel per channel group."""
+
+    @abstractmethod
+    def _constant(self, weight: Tensor, x: Tensor) -> Tensor:
+        """Return the product of a ``weight`` with ones of the shape of one ``x``."""
+
+    @abstractmethod
+    def _per_channel(self, values: Tensor) -> Tensor:
+        """Return ``values`` [1] or [out] shaped to broadcast over the output."""
+
+
+class Int8Linear(_Int8Weights):
+    """``nn.Linear`` with int8 weights and an input on a grid.
+
+    Args:
+        in_features: Input channels.
+        out_features: Output channels.
+        bias: Whether there is a (float) bias.
+        grids: Widths and grids; fewer than 8 bits are held in int8 all the same (and packed in files).
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, grids: LayerGrids | None = None
+    ) -> None:
+        super().__init__((out_features, in_features), bias, grids or LayerGrids())
+        self.in_features, self.out_features = in_features, out_features
+        if self.grids.halved:
+            self.register_buffer("ones", torch.ones(1, in_features, dtype=torch.int8), persistent=False)
+
+    @classmethod
+    def like(cls, source: Any, grids: LayerGrids, *, bias: bool | None = None) -> Self:
+        """See ``_Int8Weights.like``."""
+        return cls(source.in_features, source.out_features, source.bias is not None if bias is None else bias, grids)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def _sums(self, x: Tensor) -> Tensor:
+        return F.linear(x, dequantize(self.ones, *_unit(self.ones), 0))
+
+    def _constant(self, weight: Tensor, x: Tensor) -> Tensor:
+        return weight.sum(1)
+
+    def _per_channel(self, values: Tensor) -> Tensor:
+        return values
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, num_scales={self.num_scales}, weight_bits={self.weight_bits}"
+        return f"{self.in_features}, {self.out_features}, {self.grids}"
+
+
+def _unit(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the step 1 and the zero point 0."""
+    return torch.ones(1, device=like.device), torch.zeros(1, dtype=torch.int8, device=like.device)
 
 
 class Int8Conv2d(_Int8Weights):
-    """``nn.Conv2d`` (zero padding) with int8 weights and an 8-bit input.
+    """``nn.Conv2d`` (zero padding, of the rounded input) with int8 weights and an input on a grid.
 
     Args:
         shape: Weight shape (out, in / groups, kernel height, kernel width).
         bias: Whether there is a (float) bias.
+        grids: Widths and grids; fewer than 8 bits are held in int8 all the same (and packed in files).
         stride: Stride per axis.
         padding: Padding per axis.
         dilation: Dilation per axis.
         groups: Channel groups.
-        num_scales: Weight scales, as in ``Int8Linear``.
-        weight_bits: 2..8.
-        input_bits: 2..8.
-        signed: Whether the input has negative values.
     """
 
     def __init__(  # noqa: PLR0913 - a convolution has that many numbers
         self,
         shape: tuple[int, int, int, int],
         bias: bool = True,
+        grids: LayerGrids | None = None,
         *,
         stride: tuple[int, int] = (1, 1),
         padding: tuple[int, int] = (0, 0),
         dilation: tuple[int, int] = (1, 1),
         groups: int = 1,
-        num_scales: int = 1,
-        weight_bits: int = 8,
-        input_bits: int = 8,
-        signed: bool = True,
     ) -> None:
-        super().__init__(shape, num_scales, bias, (weight_bits, input_bits), signed)
+        super().__init__(shape, bias, grids or LayerGrids())
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        if self.grids.halved:
+            self.register_buffer("ones", torch.ones(groups, *shape[1:], dtype=torch.int8), persistent=False)
 
     @classmethod
-    def like(
-        cls, source: nn.Conv2d, *, num_scales: int = 1, weight_bits: int = 8, input_bits: int = 8, signed: bool = True
-    ) -> Int8Conv2d:
-        """Return an unfilled layer of the geometry of ``source``.
+    def like(cls, source: Any, grids: LayerGrids, *, bias: bool | None = None) -> Self:
+        """See ``_Int8Weights.like``.
 
         Raises:
             ModelError: Padding that is not a number of zeros.
@@ -293,38 +289,54 @@ class Int8Conv2d(_Int8Weights):
                 f"allowed is a number of zeros. Keep this layer in float"
             )
         sizes = [(int(v[0]), int(v[1])) for v in (source.stride, source.padding, source.dilation)]
-        kernel = source.kernel_size
+        high, wide = source.kernel_size
         return cls(
-            (source.out_channels, source.in_channels // source.groups, kernel[0], kernel[1]), source.bias is not None,
+            (source.out_channels, source.in_channels // source.groups, high, wide),
+            source.bias is not None if bias is None else bias, grids,
             stride=sizes[0], padding=sizes[1], dilation=sizes[2], groups=source.groups,
-            num_scales=num_scales, weight_bits=weight_bits, input_bits=input_bits, signed=signed,
         )  # fmt: skip
 
-    @classmethod
-    def from_scales(
-        cls,
-        source: nn.Conv2d,
-        weight_scale: Tensor | float,
-        input_scale: Tensor | float,
-        *,
-        signed: bool = True,
-        weight_bits: int = 8,
-        input_bits: int = 8,
-    ) -> Int8Conv2d:
-        """Round ``source`` to the given grids; arguments and errors as in ``Int8Linear.from_scales``."""
-        out = source.out_channels
-        scale = _scales("Int8Conv2d weight", weight_scale, tuple(n for n in range(1, out + 1) if out % n == 0))
-        new = cls.like(source, num_scales=scale.numel(), weight_bits=weight_bits, input_bits=input_bits, signed=signed)
-        new._fill(source, scale, input_scale)
-        return new
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution [B, out, H', W'] of ``x`` [B, in, H, W]."""
-        x, weight = self.input_grid(x), self.dequantized_weight()
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+    def _sums(self, x: Tensor) -> Tensor:
+        sums = self._product(x, dequantize(self.ones, *_unit(self.ones), 0), None)
+        return sums if self.groups == 1 else sums.repeat_interleave(len(self.weight) // self.groups, 1)
+
+    def _constant(self, weight: Tensor, x: Tensor) -> Tensor:
+        if not any(self.padding):
+            return weight.sum((1, 2, 3)).reshape(-1, 1, 1)
+        rows, columns = (self._inside(x.shape[2 + a], a).to(weight) for a in (0, 1))
+        return torch.einsum("oij,hi,wj->ohw", weight.sum(1), rows, columns)
+
+    def _inside(self, size: int, axis: int) -> Tensor:
+        """Return [outputs, kernel]: whether a tap of the kernel meets the input rather than its padding."""
+        pad, stride, kernel = self.padding[axis], self.stride[axis], self.weight.shape[2 + axis]
+        dilation = self.dilation[axis]
+        count = (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+        at = torch.arange(count)[:, None] * stride - pad + torch.arange(kernel) * dilation
+        return (at >= 0) & (at < size)
+
+    def _per_channel(self, values: Tensor) -> Tensor:
+        return values.reshape(-1, 1, 1)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, stride={self.stride}, num_scales={self.num_scales}"
+        return f"{tuple(self.weight.shape)}, stride={self.stride}, {self.grids}"
+
+
+def int8_layer(
+    source: Any,
+    grids: LayerGrids,
+    weight_step: Tensor | float,
+    input_step: Tensor | float | None = None,
+    **options: Any,
+) -> Int8Linear | Int8Conv2d:
+    """Return the deployed form of a linear layer or convolution, whichever ``source`` is by its weights.
+
+    Arguments and errors as in ``Int8Linear.from_grids``.
+    """
+    form = Int8Conv2d if source.weight.dim() == 4 else Int8Linear
+    return form.from_grids(source, grids, weight_step, input_step, **options)
 
 
 class Int8MatMul(nn.Module):
@@ -332,7 +344,7 @@ class Int8MatMul(nn.Module):
 
     Args:
         signed: Whether ``a`` and ``b`` have negative values (softmax output has not).
-        bits: Widths of ``a`` and ``b``, 2..8.
+        bits: Widths of ``a`` and ``b``, 2..8, from 1 without sign.
     """
 
     weight_bits: int
@@ -341,10 +353,9 @@ class Int8MatMul(nn.Module):
 
     def __init__(self, signed: tuple[bool, bool] = (True, True), bits: tuple[int, int] = (8, 8)) -> None:
         super().__init__()
-        _check_bits("Int8MatMul", a_bits=bits[0], b_bits=bits[1])
         self.input_bits, self.weight_bits = bits
-        self.a_grid = _Grid(bits[0], signed[0])
-        self.b_grid = _Grid(bits[1], signed[1])
+        self.a_grid = InputGrid(bits[0], _kind(signed[0]))
+        self.b_grid = InputGrid(bits[1], _kind(signed[1]))
 
     @classmethod
     def from_scales(
@@ -367,8 +378,8 @@ class Int8MatMul(nn.Module):
             ModelError: A scale or width that cannot be held.
         """
         new = cls(signed, bits)
-        new.a_grid.scale.copy_(_scales("Int8MatMul a", a_scale, (1,)))
-        new.b_grid.scale.copy_(_scales("Int8MatMul b", b_scale, (1,)))
+        new.a_grid.fill("Int8MatMul a", a_scale)
+        new.b_grid.fill("Int8MatMul b", b_scale)
         return new
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
