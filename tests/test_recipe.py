@@ -139,3 +139,16 @@ def test_schema_is_for_editors():
     schema = Recipe.json_schema()
     assert schema["$schema"].startswith("https://json-schema.org")
     assert "train" in schema["properties"]
+
+
+def test_pretraining_is_a_phase_of_its_own():
+    settings = TrainSettings(
+        batch_size=10, steps=5, warmup=0.2, pretrain={"epochs": 2, "lr": 1e-3, "warmup": 0.1, "schedule": "constant"}
+    )
+    first, fit = settings.phases(95)
+    assert (first.name, first.steps, first.lr, first.warmup) == ("pretrain", 19, {"weights": 1e-3}, 0.1)
+    assert (first.schedule, fit.schedule, first.min_lr_ratio) == ("constant", "cosine", fit.min_lr_ratio)
+    assert (fit.name, fit.steps, fit.lr) == ("fit", 5, None)
+    assert [p.name for p in TrainSettings(steps=5).phases(95)] == ["fit"]
+    with pytest.raises(ValueError, match="either epochs or steps"):
+        TrainSettings(pretrain={"lr": 1e-3})

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -23,6 +24,7 @@ __all__ = [
     "DataSettings",
     "ExportSettings",
     "ModelSettings",
+    "PretrainSettings",
     "Recipe",
     "TargetSettings",
     "TrainSettings",
@@ -59,6 +61,23 @@ class DataSettings(_Part):
     smoothing: float = Field(default=0.0, ge=0, lt=1)
 
 
+class PretrainSettings(_Part):
+    """A training phase (``"pretrain"``) before everything else; what is not given is as in ``train``."""
+
+    epochs: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
+    lr: float | None = Field(default=None, gt=0)
+    schedule: Literal["cosine", "constant"] | None = None
+    warmup: float | None = Field(default=None, ge=0, le=1)
+    min_lr_ratio: float | None = Field(default=None, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _long(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps of the training that comes first")
+        return self
+
+
 class TrainSettings(_Part):
     """The recipe's own training phase (``"fit"``) and the defaults of every other one.
 
@@ -84,6 +103,7 @@ class TrainSettings(_Part):
     ship: Literal["ema", "last"] = "ema"
     layer_decay: float | None = Field(default=None, gt=0, le=1)
     checkpoint_every: int = Field(default=50, ge=1)
+    pretrain: PretrainSettings | None = None
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -110,9 +130,17 @@ class TrainSettings(_Part):
 
     def num_steps(self, num_images: int, world: int = 1) -> int:
         """Return the steps of the fit phase for a training set of ``num_images`` and ``world`` processes."""
-        if self.steps is not None:
-            return self.steps
-        return math.ceil((self.epochs or 0) * num_images / (self.batch_size * world))
+        return self._steps(self.steps, self.epochs, num_images, world)
+
+    def _steps(self, steps: int | None, epochs: float | None, num_images: int, world: int) -> int:
+        if steps is not None:
+            return steps
+        return math.ceil((epochs or 0) * num_images / (self.batch_size * world))
+
+    @property
+    def trains(self) -> bool:
+        """Whether the recipe asks for any training of its own."""
+        return bool(self.steps or self.epochs or self.pretrain)
 
     def fit_phase(self, num_images: int, world: int = 1) -> Phase:
         """Return the recipe's own training as a phase called ``"fit"``."""
@@ -123,6 +151,16 @@ class TrainSettings(_Part):
             warmup=self.warmup,
             min_lr_ratio=self.min_lr_ratio,
         )
+
+    def phases(self, num_images: int, world: int = 1) -> list[Phase]:
+        """Return the recipe's own phases: ``"pretrain"`` where it has one, then ``"fit"``."""
+        fit, first = self.fit_phase(num_images, world), self.pretrain
+        if first is None:
+            return [fit]
+        given = first.model_dump(exclude_none=True, include={"schedule", "warmup", "min_lr_ratio"})
+        steps = self._steps(first.steps, first.epochs, num_images, world)
+        lr = None if first.lr is None else {"weights": first.lr}
+        return [replace(fit, name="pretrain", steps=steps, lr=lr, **given), fit]
 
 
 class TargetSettings(_Part):

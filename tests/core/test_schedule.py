@@ -72,3 +72,15 @@ def test_unknown_phase_is_named(verb) -> None:
         getattr(Plan([Phase("fit", 1)]), verb)("fitt", Phase("x", 1))
     with pytest.raises(PlanError, match="no phase 'fitt'"):
         Plan([Phase("fit", 1)]).swap("fitt", lambda p: [p])
+
+
+def test_part_of_a_part_keeps_its_place_in_the_whole() -> None:
+    fit = Phase("fit", 100, warmup=0.1)
+    late = fit.part("fit.late", 60, 40)
+    last = late.part("fit.last", 30, 10)
+    assert (last.window.name, last.window.offset, last.window.total) == ("fit", 90, 100)
+    assert last.ends_window and not fit.part("fit.early", 0, 60).ends_window and fit.ends_window
+    drawn = last.drawn(Step("fit.last", "main", 3, 10, seed=4, rank=1))
+    assert drawn == Step("fit", "main", 93, 100, seed=4, rank=1)
+    with pytest.raises(PlanError, match="must end within the whole"):
+        fit.part("fit.long", 60, 41)

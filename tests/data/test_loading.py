@@ -13,7 +13,7 @@ from gossamer.core.errors import DataError, RecipeError
 from gossamer.core.schedule import Step
 from gossamer.data.loading import Mixing, StepLoader, batches, positions
 from gossamer.data.sources import open_data
-from gossamer.data.transforms import eval_transform, train_transform
+from gossamer.data.transforms import Rendering, eval_transform, train_transform
 from gossamer.models.preprocessing import Preprocessing
 
 PRE = Preprocessing(size=(3, 16, 16))
@@ -137,3 +137,38 @@ def test_eval_transform_is_the_documented_one():
     assert torch.allclose(eval_transform(pre)(source[0].image), expected, atol=1e-5)
     grey = Preprocessing(size=(1, 28, 28), mean=(0.5,), std=(0.5,))
     assert eval_transform(grey)(source[0].image).shape == (1, 28, 28)
+
+
+def by_half(step: Step) -> Rendering:
+    return Rendering(size=8, magnitude=0.0, erase=0.0) if step.index < 3 else Rendering(size=12)
+
+
+def test_rendering_changes_with_the_step(folder: Path):
+    plain, many = loader(folder).rendered(by_half), loader(folder, workers=2).rendered(by_half)
+    for i in (0, 2, 3, 1, 5):
+        batch = plain(at(i))
+        assert batch["image"].shape[2:] == ((8, 8) if i < 3 else (12, 12)) and same(batch, many(at(i)))
+        assert batch["id"] == loader(folder)(at(i))["id"]
+
+
+def test_read_ahead_follows_a_changed_mind(folder: Path):
+    size = 8
+    changing = loader(folder, workers=2).rendered(lambda step: Rendering(size=size))
+    assert changing(at(0))["image"].shape[-1] == changing(at(1))["image"].shape[-1] == 8
+    size = 12
+    for i in (1, 2, 3):
+        batch = changing(at(i))
+        assert batch["image"].shape[-1] == 12 and same(batch, loader(folder).rendered(lambda s: Rendering(12))(at(i)))
+
+
+def test_augmentation_is_weakened():
+    strong = train_transform(PRE, AUGMENT)
+
+    def parts(**rendering):
+        return str(strong.at(Rendering(**rendering)))
+
+    assert "RandAugment" in parts() and "RandAugment" not in parts(magnitude=0.0)
+    assert parts(magnitude=1.0) == parts() != parts(magnitude=0.5)
+    assert "RandomErasing" not in parts(erase=0.0) and "RandomErasing" in parts(erase=0.5)
+    with pytest.raises(RecipeError, match="one size and strength"):
+        StepLoader(open_data("embedded:eval[0:2]"), strong.at(Rendering()), 2, rendering=by_half)

@@ -149,14 +149,14 @@ class Duel(Method):
 
 @dataclass
 class Grow(Method):
-    """A block more at half time."""
+    """A block more at half time, in the middle, so that others change their names."""
+
+    fresh: bool = False
 
     def phases(self, plan):
         def halves(p):
-            return [
-                replace(p, name="fit.small", steps=p.steps // 2),
-                replace(p, name="fit.grown", steps=p.steps - p.steps // 2),
-            ]
+            grown = p.part("fit.grown", p.steps // 2, p.steps - p.steps // 2)
+            return [p.part("fit.small", 0, p.steps // 2), replace(grown, fresh=self.fresh)]
 
         return plan.swap("fit", halves)
 
@@ -166,7 +166,7 @@ class Grow(Method):
     def apply(self, model, edit):
         new = Block()
         new.load_state_dict(model.blocks[edit["clone"]].state_dict(), strict=False)
-        model.blocks.append(new)
+        model.blocks.insert(edit["clone"], new)
         return model
 
 

@@ -2,10 +2,11 @@
 
 import json
 import signal
+import time
 
 import pytest
 import torch
-from engine_toys import CASES, STEPS, Average, Data, Net, Task, TokenRates, make_loop, net, same, stack
+from engine_toys import CASES, STEPS, Average, Data, Grow, Net, Task, TokenRates, make_loop, net, same, stack
 
 from gossamer.core.errors import PlanError, RecipeError, RunError, StateError
 from gossamer.core.method import Method
@@ -16,12 +17,13 @@ from gossamer.engine.interrupt import Interrupted
 from gossamer.engine.loop import Loop, RunOptions
 from gossamer.engine.optim import rate_factor
 from gossamer.engine.seeding import seed_globals
+from gossamer.kits.ema import Ema
 from gossamer.recipe import TrainSettings
 
 
 def rows(folder):
     kept = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in kept]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "cpu_seconds")} for row in kept]
 
 
 @pytest.fixture(autouse=True)
@@ -345,3 +347,54 @@ def test_loop_inside_a_unit_of_work():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     trained = Loop(Stack([Rounds()]), Task(), {"train": Data()}, [Phase("fit", 1)]).run(model)
     assert not same(trained.state_dict(), before)
+
+
+def test_parts_of_a_training_are_the_training():
+    class Parts(Method):
+        def phases(self, plan):
+            return plan.swap("fit", lambda p: [p.part("fit.0", 0, 2), p.part("fit.1", 2, 1), p.part("fit.2", 3, 3)])
+
+    def run(*methods):
+        loop = Loop(Stack(methods), Task(), {"train": Data()}, [Phase("fit", 6, warmup=0.5)])
+        return loop.run(net()).state_dict()
+
+    assert same(run(Parts()), run())
+
+
+def test_growth_carries_averages_and_moments_of_blocks_that_moved():
+    model, seen = net(), {}
+
+    class Look(Method):
+        def leave(self, model, phase):
+            seen[phase.name] = (model.blocks[2].fc.weight, {**loop.ema.average})
+
+    for fresh in (False, True):
+        model = net()
+        loop = make_loop("grow", ema=0.9)
+        loop.stack.methods = [Grow(fresh=fresh), Look()]
+        loop.run(model)
+        moved = seen["fit.small"][0]
+        assert model.blocks[3].fc.weight is moved
+        steps = {n: float(s["step"]) for n, s in loop._optim.state_dict()["parameters"].items()}
+        assert steps["model.blocks.3.fc.weight"] == (3 if fresh else 6) and steps["model.blocks.2.fc.weight"] == 3
+    ema, old = Ema(0.9), net()
+    ema.follow(old)
+    ema.average["blocks.2.fc.weight"].fill_(7.0)
+    Grow().apply(old, {"clone": 2})
+    ema.follow(old)
+    assert ema.average["blocks.3.fc.weight"].eq(7).all() and not ema.average["blocks.2.fc.weight"].eq(7).any()
+
+
+def test_every_second_belongs_to_a_phase():
+    class Slow(Method):
+        def leave(self, model, phase):
+            time.sleep(0.05)
+
+    kept = []
+    plan = [Phase("fit", 2), Phase("second", 1)]
+    started = time.perf_counter()
+    options = RunOptions(on_row=kept.append, on_phase_end=lambda *_: time.sleep(0.03))
+    Loop(Stack([Slow()]), Task(), {"train": Data()}, plan, options=options).run(net())
+    taken = time.perf_counter() - started
+    ends = [r for r in kept if r.get("event") == "end"]
+    assert len(ends) == 2 and all(0.08 <= r["seconds"] <= taken and r["cpu_seconds"] >= 0 for r in ends)

@@ -96,7 +96,7 @@ def without_fit(plan: Sequence[Phase]) -> tuple[Phase, ...]:
 
 
 def _logged(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in row.items() if k not in ("seconds", "time", "total")}
+    return {k: v for k, v in row.items() if k not in ("seconds", "cpu_seconds", "time", "total")}
 
 
 def run(
@@ -198,7 +198,7 @@ def _hand_phase(
             for p in everything:
                 p.requires_grad_(any(p is q for q in params))
             grads = stack.grads(Classification().loss, turn)
-            grads(model.train(), loaders[turn.loader](step), step, params)
+            grads(model.train(), loaders[turn.loader](phase.drawn(step)), step, params)
             stack.before_step(model, step)
             for g in turn.trains:
                 opt = optimisers[g][1]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import PlanError
 
-__all__ = ["Batch", "Loader", "Objective", "Phase", "Plan", "Step", "Terms", "Turn"]
+__all__ = ["Batch", "Loader", "Objective", "Phase", "Plan", "Step", "Terms", "Turn", "Window"]
 
 Batch = dict[str, Any]
 """What a loader yields: ``image`` [B, C, H, W], ``target`` [B] or [B, K], ``id`` (list of names)."""
@@ -77,6 +77,21 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Window:
+    """The longer training of which a phase is a part: its learning rates and its data run on through the parts.
+
+    Attributes:
+        name: Name of the whole, and of its stream of batches.
+        offset: Steps of the whole before this part.
+        total: Steps of the whole.
+    """
+
+    name: str
+    offset: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Phase:
     """A stretch of steps in which shapes, trainable groups and optimisers are constant.
 
@@ -89,8 +104,10 @@ class Phase:
             unit (a calibrated block, a federated round).
         lr: Base learning rate by group, where the phase wants other than the recipe's.
         schedule: ``"cosine"`` or ``"constant"``.
-        warmup: Warm-up share of the steps, in [0, 1].
+        warmup: Warm-up share of the steps (of the window's, where there is one), in [0, 1].
         min_lr_ratio: Final over base learning rate of the cosine.
+        window: The longer training that this phase is a part of; ``None``: it stands alone.
+        fresh: Start with new optimisers: no moments of earlier phases.
     """
 
     name: str
@@ -102,10 +119,36 @@ class Phase:
     schedule: str = "cosine"
     warmup: float = 0.0
     min_lr_ratio: float = 0.01
+    window: Window | None = None
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise PlanError(f"phase {self.name!r}: steps={self.steps}; expected 0 or more")
+        if self.window is not None and self.work is None and self.window.offset + self.steps > self.window.total:
+            raise PlanError(
+                f"phase {self.name!r}: steps {self.window.offset} to {self.window.offset + self.steps} of "
+                f"{self.window.name!r}, which has {self.window.total}; a part must end within the whole"
+            )
+
+    def part(self, name: str, offset: int, steps: int) -> Phase:
+        """Return ``steps`` steps of this phase from ``offset`` on, as a phase of its own.
+
+        Parts that follow one another have the learning rates and batches of the undivided phase.
+        """
+        whole = self.window or Window(self.name, 0, self.steps)
+        return replace(self, name=name, steps=steps, window=replace(whole, offset=whole.offset + offset))
+
+    @property
+    def ends_window(self) -> bool:
+        """Whether the training that this phase is (a part of) is over when the phase is."""
+        return self.window is None or self.window.offset + self.steps >= self.window.total
+
+    def drawn(self, step: Step) -> Step:
+        """Return the step under which a loader draws the batch of ``step``: its place in the window."""
+        if self.window is None:
+            return step
+        return replace(step, phase=self.window.name, index=self.window.offset + step.index, total=self.window.total)
 
 
 class Plan(tuple[Phase, ...]):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,12 +24,14 @@ from torch.utils.data import DataLoader, Dataset
 from gossamer.core.errors import DataError, RecipeError, nearest
 from gossamer.core.schedule import Batch, Step
 from gossamer.data.images import MAX_FAILED_SHARE, BrokenImage, Failure, ImageSource
-from gossamer.data.transforms import Transform
+from gossamer.data.transforms import PictureTransform, Rendering, Transform
 
 __all__ = ["Mixing", "StepLoader", "batches", "positions"]
 
 Item = tuple[Tensor | None, int, str, list[Failure]]
 """Input (``None`` if none could be read), label, name, broken pictures met on the way."""
+Request = tuple[int, int, Rendering | None]
+"""Seed of a picture's augmentation, its index in the source, how it is made."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,17 @@ def _seed(key: int) -> None:
 
 
 class _Samples(Dataset):
-    """Items by request (seed, index): transformed picture, label, name, and what was broken on the way."""
+    """Items by request (seed, index, rendering): transformed picture, label, name, what was broken on the way."""
 
     def __init__(self, source: ImageSource, transform: Transform, max_share: float) -> None:
         self.source, self.transform = source, transform
         self.tries = int(max_share * len(source)) + 1
 
-    def __getitem__(self, request: tuple[int, int]) -> Item:
-        key, index = request
+    def __getitem__(self, request: Request) -> Item:
+        key, index, rendering = request
+        transform = self.transform
+        if rendering is not None and isinstance(transform, PictureTransform):
+            transform = transform.at(rendering)
         failures: list[Failure] = []
         for shift in range(self.tries):
             try:
@@ -129,7 +134,7 @@ class _Samples(Dataset):
                 failures.append((err.name, err.reason))
                 continue
             _seed(key)
-            return self.transform(sample.image), sample.label, sample.name, failures
+            return transform(sample.image), sample.label, sample.name, failures
         return None, 0, "", failures  # more in a row than may fail in all: recording them raises
 
 
@@ -161,9 +166,12 @@ class StepLoader:
         mixing: ``Mixing`` (or its fields as a mapping); targets become [B, K] where it is active.
         num_classes: K of mixed targets; default the source's.
         max_failed_share: Share of broken pictures above which ``DataError`` is raised.
+        rendering: Step to ``Rendering``, for inputs whose size or augmentation changes in the course of
+            a training (see ``rendered``); may change its mind about steps that were not drawn yet.
 
     Raises:
-        RecipeError: The batch does not divide by the ranks, or is odd with mixing.
+        RecipeError: The batch does not divide by the ranks, is odd with mixing, or ``rendering`` is given
+            with a transform that has one form only.
     """
 
     source: ImageSource
@@ -177,9 +185,10 @@ class StepLoader:
     mixing: Mixing | Mapping[str, float] | None = None
     num_classes: int | None = None
     max_failed_share: float = MAX_FAILED_SHARE
+    rendering: Callable[[Step], Rendering] | None = None
     _orders: dict[tuple[int, str, int], Tensor] = field(default_factory=dict, init=False, repr=False)
-    _ahead: tuple[Step, int, Iterator[Any]] | None = field(default=None, init=False, repr=False)
-    _last: tuple[Step, Batch] | None = field(default=None, init=False, repr=False)
+    _ahead: _Ahead | None = field(default=None, init=False, repr=False)
+    _last: tuple[Step, Rendering | None, Batch] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.workers < 0:
@@ -191,7 +200,19 @@ class StepLoader:
                 f"mixup and cutmix mix pairs: {len(self._places)} images a process; expected an even number "
                 f"(batch size {self.batch_size}, {self.world} processes)"
             )
+        if self.rendering is not None and not isinstance(self.transform, PictureTransform):
+            raise RecipeError(
+                f"rendering: the loader's transform is {type(self.transform).__name__}, which has one size and "
+                f"strength; expected train_transform(...) or eval_transform(...)"
+            )
         self._samples = _Samples(self.source, self.transform, self.max_failed_share)
+
+    def rendered(self, rendering: Callable[[Step], Rendering]) -> StepLoader:
+        """Return a loader of the same batches whose pictures are made as ``rendering`` says of each step."""
+        return dataclasses.replace(self, rendering=rendering)
+
+    def _how(self, step: Step) -> Rendering | None:
+        return None if self.rendering is None else self.rendering(step)
 
     def _order(self, step: Step, epoch: int) -> Tensor:
         key = (step.seed, step.phase, epoch)
@@ -204,41 +225,40 @@ class StepLoader:
             self._orders[key] = torch.randperm(len(self.source), generator=generator)
         return self._orders[key]
 
-    def _requests(self, step: Step) -> list[tuple[int, int]]:
+    def _requests(self, step: Step, how: Rendering | None) -> list[Request]:
         requests = []
         for place in self._places:
             epoch, offset = divmod(step.index * self.batch_size + place, len(self.source))
             index = int(self._order(step, epoch)[offset]) if self.shuffle else offset
-            requests.append((step.key(f"data/{self.seed}/{place}"), index))
+            requests.append((step.key(f"data/{self.seed}/{place}"), index, how))
         return requests
 
-    def _stream(self, step: Step, stride: int) -> Iterator[tuple[Batch, list[Failure]]]:
-        indices = range(step.index, max(step.total, step.index + 1), stride)
+    def _stream(self, step: Step, stride: int) -> _Ahead:
+        plan = _Sampler(self, step, range(step.index, max(step.total, step.index + 1), stride))
         loader = DataLoader(
             self._samples,
-            batch_sampler=_Sampler(self, step, indices),
+            batch_sampler=plan,
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=_one_thread,
         )
-        return iter(loader)
+        return _Ahead(step, stride, plan, iter(loader))
 
-    def _fetch(self, step: Step) -> tuple[Batch, list[Failure]]:
+    def _fetch(self, step: Step, how: Rendering | None) -> tuple[Batch, list[Failure]]:
         if not self.workers:
-            return _collate([self._samples[r] for r in self._requests(step)])
-        stride = 1
-        if self._ahead is not None:
-            before, stride, stream = self._ahead
-            if dataclasses.replace(before, index=before.index + stride) == step:
-                found = next(stream, None)
-                if found is not None:
-                    self._ahead = (step, stride, stream)
+            return _collate([self._samples[r] for r in self._requests(step, how)])
+        ahead, stride = self._ahead, 1
+        if ahead is not None:
+            if dataclasses.replace(ahead.last, index=ahead.last.index + ahead.stride) == step:
+                found = next(ahead.batches, None)
+                if found is not None and ahead.plan.how.pop(step.index, how) == how:
+                    self._ahead = dataclasses.replace(ahead, last=step)
                     return found
-            elif dataclasses.replace(before, index=step.index) == step and step.index > before.index:
-                stride = step.index - before.index
-        stream = self._stream(step, stride)
-        self._ahead = (step, stride, stream)
-        return next(stream)
+                stride = ahead.stride
+            elif dataclasses.replace(ahead.last, index=step.index) == step and step.index > ahead.last.index:
+                stride = step.index - ahead.last.index
+        self._ahead = self._stream(step, stride)
+        return next(self._ahead.batches)
 
     def __call__(self, step: Step) -> Batch:
         """Return the batch of ``step``: image [B, C, H, W], target [B] or [B, K], id.
@@ -247,14 +267,15 @@ class StepLoader:
             DataError: Too many broken pictures.
         """
         step = dataclasses.replace(step, turn="", rank=0)  # the batch depends on neither
-        if self._last is None or self._last[0] != step:
+        how = self._how(step)
+        if self._last is None or self._last[:2] != (step, how):
             with _own_randomness():
-                batch, failures = self._fetch(step)
+                batch, failures = self._fetch(step, how)
                 self.source.record(failures, self.max_failed_share)
                 if self._mixing.active:
                     batch = self._mix(batch, step)
-            self._last = (step, batch)
-        return dict(self._last[1])
+            self._last = (step, how, batch)
+        return dict(self._last[2])
 
     def _mix(self, batch: Batch, step: Step) -> Batch:
         m = self._mixing
@@ -272,16 +293,30 @@ class StepLoader:
 
 
 class _Sampler:
-    """The requests of the steps to come, for a ``DataLoader`` that reads ahead."""
+    """The requests of the steps to come, for a ``DataLoader`` that reads ahead; ``how`` by step not yet drawn."""
 
     def __init__(self, loader: StepLoader, step: Step, indices: range) -> None:
         self.loader, self.step, self.indices = loader, step, indices
+        self.how: dict[int, Rendering | None] = {}
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return (self.loader._requests(dataclasses.replace(self.step, index=i)) for i in self.indices)
+    def __iter__(self) -> Iterator[list[Request]]:
+        for i in self.indices:
+            step = dataclasses.replace(self.step, index=i)
+            self.how[i] = self.loader._how(step)
+            yield self.loader._requests(step, self.how[i])
 
     def __len__(self) -> int:
         return len(self.indices)
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """Batches that workers prepare: the last one drawn, the distance to the next, what is being made and how."""
+
+    last: Step
+    stride: int
+    plan: _Sampler
+    batches: Iterator[Any]
 
 
 def _one_thread(worker: int) -> None:

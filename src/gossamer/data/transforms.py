@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from PIL import Image
@@ -14,7 +15,7 @@ from torch import Tensor
 from gossamer.core.errors import RecipeError, nearest
 from gossamer.models.preprocessing import Preprocessing
 
-__all__ = ["AUGMENT_OPTIONS", "Transform", "eval_transform", "train_transform"]
+__all__ = ["AUGMENT_OPTIONS", "PictureTransform", "Rendering", "Transform", "eval_transform", "train_transform"]
 
 Transform = Callable[[Image.Image], Tensor]
 """RGB picture to float tensor [C, H, W]."""
@@ -67,12 +68,71 @@ def _build(pre: Preprocessing, training: bool, options: Mapping[str, Any]) -> Tr
     return _Grey(made) if pre.size[0] == 1 else made
 
 
-def eval_transform(pre: Preprocessing) -> Transform:
+@dataclass(frozen=True)
+class Rendering:
+    """How pictures are made at a step, where that changes in the course of a training.
+
+    Attributes:
+        size: Side of the square input in pixels; ``None``: as the model asks. Pictures are cropped and
+            resized straight to it.
+        magnitude: Share of the recipe's RandAugment magnitude, in [0, 1]; rounded, and off at 0.
+        erase: Share of the recipe's random-erasing probability, in [0, 1].
+    """
+
+    size: int | None = None
+    magnitude: float = 1.0
+    erase: float = 1.0
+
+
+@dataclass
+class PictureTransform:
+    """Picture to input tensor, as the model asks or under another ``Rendering``.
+
+    Attributes:
+        pre: Size, mean, std and interpolation.
+        training: Random (training) or deterministic (evaluation).
+        options: ``AUGMENT_OPTIONS``.
+    """
+
+    pre: Preprocessing
+    training: bool
+    options: Mapping[str, Any]
+    _made: dict[Rendering, Transform] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.at(Rendering())  # bad options show when the transform is made
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.at(Rendering())(image)
+
+    def at(self, rendering: Rendering) -> Transform:
+        """Return the transform under ``rendering``."""
+        if rendering not in self._made:
+            size = self.pre.size if rendering.size is None else (self.pre.size[0], rendering.size, rendering.size)
+            options = _weakened(self.options, rendering)
+            self._made[rendering] = _build(replace(self.pre, size=size), self.training, options)
+        return self._made[rendering]
+
+
+def _weakened(options: Mapping[str, Any], rendering: Rendering) -> dict[str, Any]:
+    """Return augmentation options scaled by ``rendering``."""
+    new = dict(options)
+    policy = str(new.get("auto_augment") or "")
+    found = re.search(r"-m(\d+(?:\.\d+)?)", policy)
+    if found and rendering.magnitude < 1:
+        level = round(max(0.0, float(found[1]) * rendering.magnitude))
+        new["auto_augment"] = f"{policy[: found.start()]}-m{level}{policy[found.end() :]}" if level else None
+    if "re_prob" in new:
+        new["re_prob"] = float(new["re_prob"]) * rendering.erase
+    return new
+
+
+def eval_transform(pre: Preprocessing) -> PictureTransform:
     """Return the deterministic transform that a model is evaluated with."""
-    return _build(pre, False, {})
+    return PictureTransform(pre, False, {})
 
 
-def train_transform(pre: Preprocessing, options: Mapping[str, Any] | None = None) -> Transform:
+def train_transform(pre: Preprocessing, options: Mapping[str, Any] | None = None) -> PictureTransform:
     """Return the random transform for training.
 
     Args:
@@ -92,4 +152,4 @@ def train_transform(pre: Preprocessing, options: Mapping[str, Any] | None = None
     for key in ("scale", "ratio"):
         if isinstance(options.get(key), list):
             options[key] = tuple(options[key])
-    return _build(pre, True, options)
+    return PictureTransform(pre, True, options)

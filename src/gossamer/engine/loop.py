@@ -21,7 +21,6 @@ from gossamer.core.schedule import Batch, Loader, Phase, Plan, Step, Turn
 from gossamer.core.stack import Stack
 from gossamer.engine.checkpoint import Checkpoints, differing_keys, write_json
 from gossamer.engine.distributed import broadcast_data, broadcast_tensors, check_equal, make_accelerator, state_tensors
-from gossamer.engine.ema import Ema
 from gossamer.engine.interrupt import Interrupted, StopSignals
 from gossamer.engine.logs import Logs
 from gossamer.engine.optim import Optimisers
@@ -30,6 +29,7 @@ from gossamer.engine.pack import first_non_finite
 from gossamer.engine.planning import check_plan
 from gossamer.engine.seeding import preserved_generators, seed_globals
 from gossamer.engine.turns import Tools, TurnRunner
+from gossamer.kits.ema import Ema
 from gossamer.recipe import TrainSettings
 
 __all__ = ["Loop", "Position", "RunOptions", "TrainTask"]
@@ -88,6 +88,7 @@ class Loop:
         self._tools = Tools(self.accelerator, stack, task.loss, dtype, self.settings.accumulate, scaler)
         self._optim = Optimisers(self.settings)
         self._stop = StopSignals(active=False)
+        self._mark = (0.0, 0.0)
         main = self.accelerator.is_main_process
         self._logs = Logs(self._folder, main=main, quiet=self.options.quiet, on_row=self.options.on_row)
 
@@ -105,6 +106,7 @@ class Loop:
 
     def train(self, model: nn.Module) -> nn.Module:
         """Prepare (or resume) ``model`` and run all phases; evaluate variants after this, before ``finish``."""
+        self._mark = (time.perf_counter(), time.process_time())
         resumed = self._open()
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
         with ExitStack() as context:
@@ -216,17 +218,16 @@ class Loop:
             self.at.entered = True
         groups, extras = self.stack.groups(model), self._extras()
         broadcast_tensors(self.accelerator, state_tensors([model, *extras]))
-        self._optim.enter(model, phase, groups, self._names(model))
+        fresh = phase.fresh and self.at.step == 0
+        self._optim.enter(model, phase, groups, self._names(model), fresh=fresh)
         if self.ema is not None:
             self.ema.follow(model)
         runner = TurnRunner(self._tools, phase, model, extras, groups)
         self._logs.phase(phase.name, phase.steps, self.at.step)
         while self.at.step < phase.steps and not self._ends(model, phase):
-            started = time.perf_counter()
             terms, stop = self._work(model, phase) if phase.work is not None else self._turns(model, phase, runner)
             self.at.step += 1
             self.at.total += 1
-            self.at.seconds += time.perf_counter() - started
             self._logs.advance(terms)
             if stop or self.at.step % self.settings.checkpoint_every == 0:
                 self._save(model)
@@ -239,10 +240,13 @@ class Loop:
         model = self._place(self.stack.leave(model, phase))
         check_equal(self.accelerator, f"edits on leaving phase {phase.name!r}", self.stack.edits)
         self._optim.follow(self._names(model))
-        done = {"phase": phase.name, "event": "end", "steps": self.at.step, "seconds": round(self.at.seconds, 4)}
-        self._logs.row(done, self.at.total)
+        if self.ema is not None:
+            self.ema.follow(model)  # by object, while the objects are known: a resume knows names only
         if self.options.on_phase_end is not None and self.accelerator.is_main_process:
             self.options.on_phase_end(self.at.phase, phase, model)
+        self._tick()
+        done = {"phase": phase.name, "event": "end", "steps": self.at.step, "seconds": round(self.at.seconds, 4)}
+        self._logs.row({**done, "cpu_seconds": round(self.at.cpu_seconds, 4)}, self.at.total)
         self.at = Position(phase=self.at.phase + 1, total=self.at.total, prepared=self.at.prepared)
         self._save(model)
         return model
@@ -289,7 +293,7 @@ class Loop:
         started = time.perf_counter()
         step = Step(phase.name, turn.name, self.at.step, phase.steps, self.seed, self.accelerator.process_index)
         model.train()
-        batch = self._loaders[turn.loader](step)
+        batch = self._loaders[turn.loader](phase.drawn(step))
         optimisers = [self._optim.active[g] for g in turn.trains]
         with runner.only(turn):
             seed_globals(step, "turn")
@@ -347,6 +351,7 @@ class Loop:
                 f"phase {where!r}, step {self.at.step}: parameter {bad!r} is no longer finite; last good checkpoint: "
                 f"{self._last_good()}. Lower train.lr"
             )
+        self._tick()
         state = {
             "position": vars(self.at),
             "phases": [p.name for p in self.plan],
@@ -377,6 +382,13 @@ class Loop:
             f"stopped on request in phase {phase.name!r} after step {self.at.step} of {phase.steps}; "
             f"everything is saved. Continue with: gossamer run {self._folder}/recipe.yaml --out {self._folder} --resume"
         )
+
+    def _tick(self) -> None:
+        """Add the time since the last call to the phase, so that no second of a run belongs to none."""
+        now = (time.perf_counter(), time.process_time())
+        self.at.seconds += now[0] - self._mark[0]
+        self.at.cpu_seconds += now[1] - self._mark[1]
+        self._mark = now
 
     # -- small things --------------------------------------------------------------------------------------
     @property

@@ -22,17 +22,22 @@ Groups = Mapping[str, list[nn.Parameter]]
 def rate_factor(phase: Phase, index: int) -> float:
     """Return learning rate over base rate at a step: linear warm-up, then cosine or constant.
 
+    A part of a longer training (``Phase.window``) has the rates of its place in the whole.
+
     Raises:
         PlanError: The phase names an unknown schedule.
     """
-    warm = round(phase.warmup * phase.steps)
+    steps = phase.steps
+    if phase.window is not None:
+        index, steps = phase.window.offset + index, phase.window.total
+    warm = round(phase.warmup * steps)
     if index < warm:
         return (index + 1) / (warm + 1)
     if phase.schedule == "constant":
         return 1.0
     if phase.schedule != "cosine":
         raise PlanError(f"phase {phase.name!r}: schedule={phase.schedule!r}; allowed are 'cosine' and 'constant'")
-    done = (index - warm) / max(1, phase.steps - warm)
+    done = (index - warm) / max(1, steps - warm)
     return phase.min_lr_ratio + (1 - phase.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -72,7 +77,15 @@ class Optimisers:
         self._keys: dict[str, set[str]] = {}
         self.active: dict[str, torch.optim.Optimizer] = {}
 
-    def enter(self, model: nn.Module, phase: Phase, groups: Groups, names: Mapping[nn.Parameter, str]) -> None:
+    def enter(
+        self,
+        model: nn.Module,
+        phase: Phase,
+        groups: Groups,
+        names: Mapping[nn.Parameter, str],
+        *,
+        fresh: bool = False,
+    ) -> None:
         """Make the optimisers of a phase; known parameters keep their state, vanished ones lose it.
 
         Args:
@@ -80,6 +93,7 @@ class Optimisers:
             phase: The phase.
             groups: Parameters by group.
             names: Name of every parameter of the model and of the methods' networks.
+            fresh: Forget the state of the groups that the phase trains.
 
         Raises:
             PlanError: The phase trains a group that does not exist, is empty, or whose parameters belong to nobody.
@@ -87,6 +101,11 @@ class Optimisers:
         self._collect()
         self._names = dict(names)
         self._memory = {p: s for p, s in self._memory.items() if p in self._names}
+        if fresh:
+            trained = {g for t in phase.turns for g in t.trains}
+            forgotten = {id(p) for g in trained for p in groups.get(g, ())}
+            self._memory = {p: s for p, s in self._memory.items() if id(p) not in forgotten}
+            self._counters = {g: c for g, c in self._counters.items() if g not in trained}
         self.active = {}
         for group in dict.fromkeys(g for t in phase.turns for g in t.trains) if phase.work is None else ():
             if group not in groups:

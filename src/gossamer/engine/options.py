@@ -55,7 +55,9 @@ class Position:
         step: Steps of it that are done.
         entered: Whether the phase's ``enter`` edits are in the log.
         total: Steps done since the start of the run.
-        seconds: Wall time spent in the phase.
+        seconds: Wall time of the phase: its steps, edits, checkpoints and what ``on_phase_end`` takes; the
+            first phase has the start of the run too.
+        cpu_seconds: Processor time of this process in the same span.
         prepared: Number of edits that ``prepare`` made.
     """
 
@@ -64,4 +66,5 @@ class Position:
     entered: bool = False
     total: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     prepared: int = 0

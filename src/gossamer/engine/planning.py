@@ -123,7 +123,7 @@ def estimate(
                 grads = stack.grads(task_loss, turn)
                 for _ in range(2):  # the first warms up
                     start = time.perf_counter()
-                    grads(model, loaders[turn.loader](step), step, params)
+                    grads(model, loaders[turn.loader](phase.drawn(step)), step, params)
                     timed[key] = time.perf_counter() - start
                 for p in params:
                     p.grad = None

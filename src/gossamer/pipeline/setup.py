@@ -123,14 +123,14 @@ def set_up(
     train = given.get("train") or _source(recipe.data.train)
     evaluation = given.get("eval") or _source(recipe.data.eval)
     calibration = given.get("calibration") or _source(recipe.data.calibration) or train
-    if train is None and (recipe.train.steps or recipe.train.epochs):
+    if train is None and recipe.train.trains:
         raise RecipeError("data.train: nothing given, but train.steps or train.epochs ask for training; name images")
     task = Classification(label_smoothing=recipe.data.smoothing)
     for source in (train, evaluation):
         if source is not None:
             task.check_classes(source, model)
     loaders = _loaders(recipe, pre, task, train, calibration, rank, world)
-    plan = Plan([recipe.train.fit_phase(len(train) if train is not None else 0, world)])
+    plan = Plan(recipe.train.phases(len(train) if train is not None else 0, world))
     return Setup(recipe, model, dense, stack, task, pre, loaders, evaluation, plan, savable)
 
 

@@ -86,9 +86,9 @@ class StageFolder:
         """Keep the model after a phase that trained something or changed the structure.
 
         A phase that only works on the model (a calibration) leaves nothing deployable behind: what
-        it prepares becomes physical at ``finish``.
+        it prepares becomes physical at ``finish``. Nor does a part of a training that goes on.
         """
-        if phase.steps and phase.work is None:
+        if phase.steps and phase.work is None and phase.ends_window:
             self.keep(index + 1, phase.name, model)
             if any("weights" in t.trains for t in phase.turns):
                 self.folder.mkdir(parents=True, exist_ok=True)

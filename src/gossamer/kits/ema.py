@@ -24,19 +24,37 @@ class Ema:
     else - parameters of other turns, what a method's own work writes - is adopted as it is.
 
     Args:
-        decay: Share kept per step, in (0, 1).
+        decay: Share kept per step, in [0, 1].
+        warmup: Let the share rise as (1 + n) / (10 + n) over the first updates n, up to ``decay``, so
+            that an average of few updates is not the initial weights.
     """
 
-    def __init__(self, decay: float) -> None:
+    def __init__(self, decay: float, *, warmup: bool = False) -> None:
         self.decay = decay
+        self.warmup = warmup
+        self.updates = 0
         self.average: dict[str, Tensor] = {}
+        self._seen: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def follow(self, model: nn.Module) -> None:
-        """Adopt the model's structure: new or reshaped entries start at their present value."""
+        """Adopt the model's structure.
+
+        A tensor that is still there keeps its average, whatever its name is now (a block that moved).
+        One that took the place of a vanished one of the same shape takes over its average. New and
+        reshaped ones start at their present value.
+        """
         now = _averaged(model)
-        kept = {k: v for k, v in self.average.items() if k in now and v.shape == now[k].shape}
-        self.average = {k: kept[k].to(v.device) if k in kept else v.detach().clone() for k, v in now.items()}
+        present = {id(t) for t in now.values()}
+        by_object = {id(t): self.average[k] for k, t in self._seen.items() if k in self.average}
+        gone = {k: v for k, v in self.average.items() if k not in self._seen or id(self._seen[k]) not in present}
+        followed = {}
+        for name, value in now.items():
+            same = self._seen.get(name) is value  # a tensor with two names has two averages
+            known = self.average[name] if same else by_object.get(id(value), gone.get(name))
+            fits = known is not None and known.shape == value.shape
+            followed[name] = known.to(value.device) if known is not None and fits else value.detach().clone()
+        self.average, self._seen = followed, now
 
     @torch.no_grad()
     def update(self, model: nn.Module, trained: Iterable[nn.Parameter], *, adopt: bool = False) -> None:
@@ -48,11 +66,14 @@ class Ema:
             adopt: The turn does not train the weights: take its parameters over instead of averaging.
         """
         mine = {id(p) for p in trained}
+        n = self.updates
+        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
         for name, value in _averaged(model).items():
             if not isinstance(value, nn.Parameter):
-                self.average[name].lerp_(value, 1 - self.decay)
+                self.average[name].lerp_(value, 1 - decay)
             elif id(value) in mine:
-                self.average[name].lerp_(value.detach(), 1.0 if adopt else 1 - self.decay)
+                self.average[name].lerp_(value.detach(), 1.0 if adopt else 1 - decay)
+        self.updates += 1
 
     @contextmanager
     def adopting(self, model: nn.Module) -> Iterator[None]:
@@ -102,6 +123,6 @@ class Ema:
         """Return the averages."""
         return dict(self.average)
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the averages; ``follow`` moves them to the model's device."""
-        self.average = dict(state)
+    def load_state_dict(self, state: Mapping[str, Tensor], updates: int = 0) -> None:
+        """Restore the averages (and the number of updates); ``follow`` moves them to the model's device."""
+        self.average, self._seen, self.updates = dict(state), {}, updates
