@@ -7,7 +7,7 @@ import torch
 from engine_toys import Data, Task, make_loop, net, stack
 
 from gossamer.core.errors import PlanError
-from gossamer.core.schedule import Phase, Plan
+from gossamer.core.schedule import Phase, Plan, Turn
 from gossamer.engine.optim import Optimisers, rate_factor
 from gossamer.engine.planning import describe_plan, estimate
 from gossamer.recipe import TrainSettings
@@ -110,3 +110,18 @@ def test_progress_bars_do_not_touch_standard_output(capfd):
     out, err = capfd.readouterr()
     assert out == ""
     assert "fit" in err
+
+
+def test_a_phase_may_give_a_group_its_own_optimiser():
+    model = net()
+    first, rest = list(model.parameters())[:2], list(model.parameters())[2:]
+    optimisers = Optimisers(TrainSettings(optimizer="sgd"))
+    turns = (Turn(trains=("weights", "policy")),)
+    own = {"policy": {"opt": "adam", "betas": [0.5, 0.999], "weight_decay": 5e-4}}
+    phase = Phase("search", 1, turns, lr={"policy": 0.3}, optimizer=own)
+    optimisers.enter(model, phase, {"weights": rest, "policy": first}, names(model))
+    assert type(optimisers.active["weights"]) is torch.optim.SGD
+    policy = optimisers.active["policy"]
+    assert type(policy) is torch.optim.Adam
+    assert (policy.param_groups[0]["lr"], policy.param_groups[0]["weight_decay"]) == (0.3, 5e-4)
+    assert tuple(policy.param_groups[0]["betas"]) == (0.5, 0.999)

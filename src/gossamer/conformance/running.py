@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from gossamer.core.method import Method
@@ -181,7 +182,8 @@ def _hand_phase(
     for name in {g for t in phase.turns for g in t.trains} if phase.work is None else set():
         ids = [id(p) for p in groups[name]]
         if optimisers.get(name, ([], None))[0] != ids:
-            optimisers[name] = (ids, torch.optim.AdamW(groups[name], lr=SETTINGS.lr, weight_decay=0.0))
+            own = {"opt": "adamw", "weight_decay": 0.0, **(phase.optimizer or {}).get(name, {})}
+            optimisers[name] = (ids, create_optimizer_v2([{"params": groups[name]}], lr=SETTINGS.lr, **own))
     for i in range(phase.steps):
         if phase.until is not None and phase.until(model):
             break

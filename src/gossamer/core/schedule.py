@@ -103,6 +103,8 @@ class Phase:
         work: ``work(model, loaders, step)`` replaces the turns: one call is one checkpointable
             unit (a calibrated block, a federated round).
         lr: Base learning rate by group, where the phase wants other than the recipe's.
+        optimizer: By group, where the phase wants other than the recipe's: ``opt`` (timm's name) and further
+            options of ``timm.optim.create_optimizer_v2`` (``betas``, ``weight_decay``, ...).
         schedule: ``"cosine"`` or ``"constant"``.
         warmup: Warm-up share of the steps (of the window's, where there is one), in [0, 1].
         min_lr_ratio: Final over base learning rate of the cosine.
@@ -116,6 +118,7 @@ class Phase:
     until: Callable[[nn.Module], bool] | None = None
     work: Callable[[nn.Module, Mapping[str, Loader], Step], dict[str, float] | None] | None = None
     lr: Mapping[str, float] | None = None
+    optimizer: Mapping[str, Mapping[str, Any]] | None = None
     schedule: str = "cosine"
     warmup: float = 0.0
     min_lr_ratio: float = 0.01

@@ -115,16 +115,20 @@ class Optimisers:
                 raise PlanError(f"phase {phase.name!r} trains group {group!r}, which has no trainable parameter")
             if any(p not in self._names for p in params):
                 raise PlanError(f"group {group!r}: parameters must be part of the model or of the method's extra")
-            self.active[group] = self._make(model, group, params, (phase.lr or {}).get(group, self._settings.lr))
+            lr, own = (phase.lr or {}).get(group, self._settings.lr), (phase.optimizer or {}).get(group)
+            self.active[group] = self._make(model, group, params, lr, own)
 
     def follow(self, names: Mapping[nn.Parameter, str]) -> None:
         """Take the names after a structural change, so that what vanished is not written to a checkpoint."""
         self._names = dict(names)
 
-    def _make(self, model: nn.Module, group: str, params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        ordinary = group == "weights"
-        split = _weight_groups(model, params, self._settings) if ordinary else [{"params": params, "weight_decay": 0.0}]
-        opt = create_optimizer_v2(split, opt=self._settings.optimizer, lr=lr, weight_decay=0.0)
+    def _make(
+        self, model: nn.Module, group: str, params: list[nn.Parameter], lr: float, own: Mapping[str, Any] | None
+    ) -> torch.optim.Optimizer:
+        options = {"opt": self._settings.optimizer, "weight_decay": 0.0, **(own or {})}
+        ordinary = group == "weights" and own is None
+        split = _weight_groups(model, params, self._settings) if ordinary else [{"params": params}]
+        opt = create_optimizer_v2(split, lr=lr, **options)
         for pg in opt.param_groups:
             pg["base_lr"] = lr * pg.get("lr_scale", 1.0)
         self._keys[group] = {k for pg in opt.param_groups for k in pg}
