@@ -49,11 +49,17 @@ class ModelSettings(_Part):
 
 
 class DataSettings(_Part):
-    """Which data (``folder:PATH``, ``embedded:search``, ...) and how it is augmented."""
+    """Which data (``folder:PATH``, ``embedded:search``, ...) and how it is augmented.
+
+    ``search_share`` holds that share of the training images out for searches (loader ``"search"``, shown as at
+    evaluation); loader ``"train"`` then sees the rest, ``"all"`` everything. With 0, ``"search"`` reads the
+    training images themselves.
+    """
 
     train: str | None = None
     eval: str | None = None
     calibration: str | None = None
+    search_share: float = Field(default=0.0, ge=0, lt=1)
     workers: int = Field(default=0, ge=0)
     augment: dict[str, Any] = {}
     mixup: float = Field(default=0.0, ge=0)

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 from gossamer.core.errors import DataError
 from gossamer.data.loading import batches
-from gossamer.data.sources import check_classes, from_dataset, open_data, take
+from gossamer.data.sources import check_classes, from_dataset, hold_out, open_data, take
 from gossamer.data.transforms import eval_transform
 from gossamer.models.preprocessing import Preprocessing
 
@@ -228,3 +228,14 @@ def test_shared_layouts(shared_data: Path):
         kind, _, name = spec.partition(":")
         source = open_data(f"{kind}:{shared_data}/{name}")
         assert (len(source), source.num_classes, source[count - 1].image.size) == (count, classes, (side, side))
+
+
+def test_held_out_images_are_disjoint_and_follow_the_seed(folder: Path):
+    source = open_data(f"folder:{folder}")
+    rest, held = hold_out(source, 0.25, seed=3)
+    assert len(held) == 6 and len(rest) == 18 and not set(rest.names) & set(held.names)
+    assert set(rest.names) | set(held.names) == set(source.names) and held.num_classes == 3
+    assert hold_out(source, 0.25, seed=3)[1].names == held.names
+    assert hold_out(source, 0.25, seed=4)[1].names != held.names
+    with pytest.raises(DataError, match="leaves a part empty"):
+        hold_out(source, 0.01, seed=0)

@@ -26,6 +26,7 @@ __all__ = [
     "Sample",
     "check_classes",
     "from_dataset",
+    "hold_out",
     "model_classes",
     "open_data",
     "take",
@@ -98,6 +99,19 @@ def take(source: ImageSource, indices: Sequence[int]) -> ImageSource:
         DataError: No index, or one out of range.
     """
     return Subset(source, indices)
+
+
+def hold_out(source: ImageSource, share: float, seed: int) -> tuple[ImageSource, ImageSource]:
+    """Split a source at random into the rest and a held-out ``share`` in (0, 1); a function of ``seed``.
+
+    Raises:
+        DataError: One of the two would be empty.
+    """
+    count = round(share * len(source))
+    if not 0 < count < len(source):
+        raise DataError(f"{source.what}: holding out {share:g} of {len(source)} images leaves a part empty")
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Subset(source, sorted(order[count:])), Subset(source, sorted(order[:count]))
 
 
 def _to_picture(value: Any) -> Image.Image:

@@ -65,6 +65,6 @@ class MethodExample:
     neutral: Callable[[], Method] | None = None
     plan: tuple[Phase, ...] = (Phase("fit", 3),)
     loaders: Mapping[str, Loader] = field(
-        default_factory=lambda: {"train": noise, "search": noise, "calibration": noise}
+        default_factory=lambda: {"train": noise, "search": noise, "all": noise, "calibration": noise}
     )
     tolerance: float = 1e-4

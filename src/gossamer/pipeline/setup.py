@@ -18,7 +18,7 @@ from gossamer.core.schedule import Loader, Plan
 from gossamer.core.stack import Stack
 from gossamer.cost.budget import Target
 from gossamer.data.loading import Mixing, StepLoader
-from gossamer.data.sources import ImageSource, open_data
+from gossamer.data.sources import ImageSource, hold_out, open_data
 from gossamer.data.transforms import eval_transform, train_transform
 from gossamer.kits.teacher import bind_self
 from gossamer.models.build import load_model
@@ -41,7 +41,7 @@ class Setup:
         stack: The methods.
         task: The task.
         preprocessing: Image preprocessing of the model.
-        loaders: Step loaders by name (``train``, ``calibration``).
+        loaders: Step loaders by name: ``train``, ``search`` and ``all`` (see ``DataSettings``), ``calibration``.
         evaluation: Images to evaluate on, or ``None``.
         plan: The recipe's own phases.
         savable: Whether the model can be rebuilt from its source, and so be saved.
@@ -130,7 +130,8 @@ def set_up(
         if source is not None:
             task.check_classes(source, model)
     loaders = _loaders(recipe, pre, task, train, calibration, rank, world)
-    plan = Plan(recipe.train.phases(len(train) if train is not None else 0, world))
+    seen = 0 if train is None else len(train) - round(recipe.data.search_share * len(train))
+    plan = Plan(recipe.train.phases(seen, world))
     return Setup(recipe, model, dense, stack, task, pre, loaders, evaluation, plan, savable)
 
 
@@ -144,14 +145,18 @@ def _loaders(  # noqa: PLR0913 - the parts of a run come together here
     if train is not None:
         mixing = Mixing(mixup=data.mixup, cutmix=data.cutmix, smoothing=data.smoothing)
         transform = train_transform(pre, data.augment)
-        loaders["train"] = StepLoader(
-            train,
-            transform,
-            batch,
-            mixing=mixing,
-            num_classes=task.num_classes,
-            **common,  # type: ignore[arg-type]
-        )
+        rest, held = hold_out(train, data.search_share, recipe.seed) if data.search_share else (train, train)
+        for name, source in (("train", rest), ("all", train)):
+            loaders[name] = StepLoader(
+                source,
+                transform,
+                batch,
+                mixing=mixing,
+                num_classes=task.num_classes,
+                **common,  # type: ignore[arg-type]
+            )
+        # a search compares models on images as deployment will see them: no augmentation, plain labels
+        loaders["search"] = StepLoader(held, eval_transform(pre), batch, **common)  # type: ignore[arg-type]
     if calibration is not None:
         # calibration sees images as deployment will: no augmentation; every rank reads the same ones
         fitting = min(recipe.train.batch_size, len(calibration))
