@@ -12,6 +12,7 @@ import timm
 from torch import nn
 
 from gossamer.core.errors import ModelError, nearest
+from gossamer.models import cifar_nets  # noqa: F401 - registers its networks with timm
 from gossamer.models.preprocessing import Preprocessing, preprocessing
 
 __all__ = ["ModelSource", "attach", "create", "source_of"]

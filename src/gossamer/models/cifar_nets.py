@@ -1,0 +1,216 @@
+"""Networks for 32 x 32 images that timm lacks, registered with timm.
+
+``preact_resnet8/20/32/44/56/110``: pre-activation residual networks (arXiv 1603.05027) with 1x1 convolutions on
+the shortcuts that change shape, taken after the shared pre-activation, and ``mobilenetv2_cifar``:
+MobileNetV2 (arXiv 1801.04381) with strides removed for 32 x 32. As used in arXiv 2111.12273.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from timm.models import register_model
+from torch import Tensor, nn
+
+__all__ = ["MobileNetV2Cifar", "PreActResNet"]
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+def _config(name: str, num_classes: int, classifier: str, first: str) -> dict[str, Any]:
+    return {
+        "architecture": name,
+        "num_classes": num_classes,
+        "input_size": (3, 32, 32),
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "mean": MEAN,
+        "std": STD,
+        "classifier": classifier,
+        "first_conv": first,
+    }
+
+
+def _init_weights(model: nn.Module) -> None:
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels // m.groups
+            nn.init.normal_(m.weight, std=math.sqrt(2.0 / fan_out))
+
+
+class _PreActBlock(nn.Module):
+    """Two pre-activated 3x3 convolutions; ``shared`` takes the shortcut after the first activation."""
+
+    def __init__(self, width_in: int, width_out: int, stride: int, shared: bool) -> None:
+        super().__init__()
+        self.shared = shared
+        self.bn1 = nn.BatchNorm2d(width_in)
+        self.act1 = nn.ReLU()
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width_out)
+        self.act2 = nn.ReLU()
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, 1, 1, bias=False)
+        changes = stride != 1 or width_in != width_out
+        self.downsample = nn.Conv2d(width_in, width_out, 1, stride, bias=False) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, out, H / stride, W / stride] of ``x`` [B, in, H, W]."""
+        active = self.act1(self.bn1(x))
+        out = self.conv2(self.act2(self.bn2(self.conv1(active))))
+        short = active if self.shared else x
+        return out + (short if self.downsample is None else self.downsample(short))
+
+
+class PreActResNet(nn.Module):
+    """Pre-activation ResNet of ``depth`` = 6 n + 2 layers in three stages.
+
+    Args:
+        name: Entry point, for the configuration.
+        depth: Number of layers.
+        num_classes: Classes.
+        width: Channels of the first stage; doubled at each following one.
+        in_chans: Image channels.
+    """
+
+    def __init__(self, name: str, depth: int, num_classes: int = 10, width: int = 16, in_chans: int = 3) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.default_cfg = self.pretrained_cfg = _config(name, num_classes, "fc", "conv")
+        self.conv = nn.Conv2d(in_chans, width, 3, 1, 1, bias=False)
+        channels = width
+        for k in range(3):
+            out, blocks = width * 2**k, []
+            for i in range((depth - 2) // 6):
+                stride = 2 if k and not i else 1
+                blocks.append(_PreActBlock(channels, out, stride, shared=i == 0))
+                channels = out
+            self.add_module(f"layer{k + 1}", nn.Sequential(*blocks))
+        self.bn = nn.BatchNorm2d(channels)
+        self.act = nn.ReLU()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, num_classes)
+        _init_weights(self)
+
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier."""
+        return self.fc
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits [B, K] of images [B, C, 32, 32]."""
+        x = self.layer3(self.layer2(self.layer1(self.conv(x))))
+        return self.fc(self.pool(self.act(self.bn(x))).flatten(1))
+
+
+class _InvertedBlock(nn.Module):
+    def __init__(self, width_in: int, width_out: int, expansion: int, stride: int) -> None:
+        super().__init__()
+        inner = expansion * width_in
+        self.conv1 = nn.Conv2d(width_in, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.act1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.act2 = nn.ReLU()
+        self.conv3 = nn.Conv2d(inner, width_out, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width_out)
+        self.adds = stride == 1
+        self.shortcut: nn.Module = nn.Identity()
+        if self.adds and width_in != width_out:
+            self.shortcut = nn.Sequential(nn.Conv2d(width_in, width_out, 1, bias=False), nn.BatchNorm2d(width_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, out, H / stride, W / stride] of ``x`` [B, in, H, W]."""
+        out = self.act2(self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x))))))
+        out = self.bn3(self.conv3(out))
+        return out + self.shortcut(x) if self.adds else out
+
+
+class MobileNetV2Cifar(nn.Module):
+    """MobileNetV2 for 32 x 32 images: stem and second stage keep the resolution.
+
+    Args:
+        name: Entry point, for the configuration.
+        num_classes: Classes.
+        in_chans: Image channels.
+    """
+
+    STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+    """Expansion, channels, blocks, stride of the first block."""
+
+    def __init__(self, name: str, num_classes: int = 10, in_chans: int = 3) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.default_cfg = self.pretrained_cfg = _config(name, num_classes, "fc", "conv1")
+        self.conv1 = nn.Conv2d(in_chans, 32, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(32)
+        self.act1 = nn.ReLU()
+        blocks, channels = [], 32
+        for expansion, out, count, stride in self.STAGES:
+            for i in range(count):
+                blocks.append(_InvertedBlock(channels, out, expansion, stride if i == 0 else 1))
+                channels = out
+        self.layers = nn.Sequential(*blocks)
+        self.conv2 = nn.Conv2d(channels, 1280, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(1280)
+        self.act2 = nn.ReLU()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(1280, num_classes)
+        _init_weights(self)
+
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier."""
+        return self.fc
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits [B, K] of images [B, C, 32, 32]."""
+        x = self.layers(self.act1(self.bn1(self.conv1(x))))
+        x = self.act2(self.bn2(self.conv2(x)))
+        return self.fc(self.pool(x).flatten(1))
+
+
+def _build(kind: type[nn.Module], options: dict[str, Any]) -> nn.Module:
+    """Drop what timm passes to every entry point and these networks do not take."""
+    return kind(**{k: v for k, v in options.items() if not k.startswith(("pretrained", "cache_dir"))})
+
+
+@register_model
+def preact_resnet8(pretrained: bool = False, **options: Any) -> nn.Module:
+    """Return a PreAct ResNet-8."""
+    return _build(PreActResNet, {"name": "preact_resnet8", "depth": 8, **options})
+
+
+@register_model
+def preact_resnet20(pretrained: bool = False, **options: Any) -> nn.Module:
+    """Return a PreAct ResNet-20."""
+    return _build(PreActResNet, {"name": "preact_resnet20", "depth": 20, **options})
+
+
+@register_model
+def preact_resnet32(pretrained: bool = False, **options: Any) -> nn.Module:
+    """Return a PreAct ResNet-32."""
+    return _build(PreActResNet, {"name": "preact_resnet32", "depth": 32, **options})
+
+
+@register_model
+def preact_resnet44(pretrained: bool = False, **options: Any) -> nn.Module:
+    """Return a PreAct ResNet-44."""
+    return _build(PreActResNet, {"name": "preact_resnet44", "depth": 44, **options})
+
+
+@register_model
+def preact_resnet56(pretrained: bool = False, **options: Any) -> nn.Module:
+    """Return a PreAct ResNet-56."""
+    return _build(PreActResNet, {"name": "preact_resnet56", "depth": 56, **options})
+
+
+@register_model
+def preact_resnet110(pretrained: bool = False, **options: Any) -> nn.Module:
+    """Return a PreAct ResNet-110."""
+    return _build(PreActResNet, {"name": "preact_resnet110", "depth": 110, **options})
+
+
+@register_model
+def mobilenetv2_cifar(pretrained: bool = False, **options: Any) -> nn.Module:
+    """Return MobileNetV2 for 32 x 32 images."""
+    return _build(MobileNetV2Cifar, {"name": "mobilenetv2_cifar", **options})

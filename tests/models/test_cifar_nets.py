@@ -1,0 +1,28 @@
+"""Networks for 32 x 32 images: shapes, registration, published bit operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gossamer.cost.ledger import cost
+from gossamer.models.build import load_model
+from gossamer.models.source import source_of
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "bops"),
+    [
+        ("preact_resnet20", 100, 41_798_598_656),
+        ("preact_resnet56", 100, 128_771_686_400),
+        ("mobilenetv2_cifar", 100, 93_460_627_456),
+    ],
+)
+def test_float_bit_operations_are_the_published_ones(name: str, classes: int, bops: int) -> None:
+    assert cost(load_model(name, num_classes=classes), saved=False).bops == bops
+
+
+def test_networks_are_timm_models() -> None:
+    model = load_model("preact_resnet8", num_classes=7, width=8)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7) and source_of(model).kwargs == {"width": 8}
+    assert model.gossamer_source.preprocessing.size == (3, 32, 32) and model.get_classifier() is model.fc
