@@ -99,6 +99,16 @@ def test_photographs_change_with_the_block(visit, fake_run, tmp_path):
     assert page.locator("#r0-photos .kept").first.inner_text() == ""
 
 
+def test_profile_bars_tell_and_tables_open(visit, fake_run, tmp_path):
+    page = visit(build_report([fake_run()], tmp_path / "r.html"), viewport={"width": 1280, "height": 900})
+    page.locator("#r0-profile svg.wide .work:visible").first.focus()
+    assert "ms" in page.locator("#tip").inner_text()
+    table = page.locator("#r0-profile table").first
+    assert table.is_hidden()
+    page.locator("#r0-profile summary").first.click()
+    assert table.is_visible()
+
+
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_overflows(visit, fake_run, tmp_path, width):
     path = build_report([fake_run("a"), fake_run("b", title="another run with a longer name")], tmp_path / "r.html")

@@ -11,6 +11,7 @@ import pytest
 from gossamer.core.errors import StateError
 from gossamer.report import build_report
 from gossamer.report.numbers import as_bytes, as_count, as_percent, as_share, nice_ticks
+from gossamer.report.profile import KINDS, kind, profiles
 from gossamer.report.saved import sentence
 from gossamer.report.scatter import Point, accuracy_latency, frontier
 
@@ -122,3 +123,32 @@ def test_layers_come_from_a_methods_table(fake_run, tmp_path):
     run = fake_run(quantization=[], methods={"Q": {"tables": [{"title": "Quantized layers", "rows": rows}]}})
     html = build_report([run], tmp_path / "r.html").read_text()
     assert 'id="r0-layers"' in html and "weight bits: 8" in html and "activation bits: 6" in html
+
+
+def test_operators_are_sorted_into_kinds_of_work():
+    named = {"8-bit products": {"type": "FullyConnected", "product": True, "precision": "i8"},
+             "other products": {"type": "MatMul", "product": True, "precision": "bf16"},
+             "changing precision": {"type": "DequantizeLinear"}, "picking and moving": {"type": "GatherElements"},
+             "everything else": {"type": "Softmax", "precision": "i8"}}  # fmt: skip
+    assert {KINDS[kind(op)] for op in named.values()} == set(KINDS)
+    assert all(KINDS[kind(op)] == name for name, op in named.items())
+
+
+def test_profiles_share_one_scale_and_say_the_8_bit_share():
+    ops = [{"type": "MatMul", "product": True, "precision": "i8", "ms": 3.0},
+           {"type": "MatMul", "product": True, "precision": "f32", "ms": 1.0},
+           {"type": "Softmax", "ms": 4.0}]  # fmt: skip
+    fast, slow = profiles([{"runtime": "openvino", "stage": "done", "ops": ops, "int8_share": 0.75},
+                           {"runtime": "onnxruntime", "stage": "dense", "ops": ops * 10}])  # fmt: skip
+    assert fast["graphs"][0]["int8"] == slow["graphs"][0]["int8"] == as_percent(0.75, 0)
+    assert fast["graphs"][0]["kinds"] == [3.0, 1.0, 0.0, 0.0, 4.0]
+    assert [name for _, name in fast["kinds"]] == ["8-bit products", "other products", "everything else"]
+    assert ">80<" in fast["bars"] and ">80<" in slow["bars"]
+    assert profiles(None) == profiles([{"runtime": "torch", "ops": []}]) == []
+
+
+def test_the_profile_is_read_from_the_run_folder(fake_run, tmp_path):
+    run = fake_run(profile=None)
+    given = [{"runtime": "openvino", "stage": "dense", "ops": [{"type": "Softmax", "kernel": "only-here", "ms": 1.0}]}]
+    (run / "profile.json").write_text(json.dumps(given))
+    assert "only-here" in build_report([run], tmp_path / "report.html").read_text()

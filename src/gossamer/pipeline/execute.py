@@ -19,6 +19,7 @@ from gossamer.engine.loop import Loop
 from gossamer.engine.options import RunOptions
 from gossamer.models.store import load, save
 from gossamer.pipeline.measure import Measured, measure
+from gossamer.pipeline.profiling import PROFILE, profiles
 from gossamer.pipeline.setup import Setup, check_target, set_up
 from gossamer.pipeline.stages import StageFolder
 from gossamer.pipeline.summary import DESCRIBED, write_summary
@@ -150,6 +151,8 @@ def execute(
         runtimes=export.runtimes, batch=export.batch, threads=export.threads, rounds=export.rounds, tick=say,
     )  # fmt: skip
     write_json(run_dir / "cost.json", _costs(rows, setup.dense, finished))
+    write_json(run_dir / PROFILE, profiles(rows, max(export.batch), export.threads, setup.preprocessing.size))
+    say("profiled")
     table = [r.row() for r in rows]
     write_summary(setup, keeper, table, run_dir)
     result = RunResult(finished, table, run_dir, build_report([run_dir], run_dir / "report.html"))

@@ -13,7 +13,8 @@ from markupsafe import Markup
 
 from gossamer.core.errors import StateError
 from gossamer.report import charts, saved, table
-from gossamer.report.numbers import as_fact, as_ms, as_percent, is_number, runtime_name
+from gossamer.report.numbers import as_fact
+from gossamer.report.profile import profiles
 from gossamer.report.scatter import accuracy_latency
 from gossamer.report.source import RunData, image_uri, read_run
 
@@ -77,27 +78,6 @@ def _photos(data: RunData, folder: Path) -> list[dict[str, Any]]:
         for p in data.get("photos") or []
         if p.get("image")
     ]
-
-
-def _profiles(data: RunData) -> list[dict[str, Any]]:
-    """Return per-runtime operator tables, slowest first, with each row's share of the time."""
-    given = data.get("profile") or []
-    if isinstance(given, Mapping):
-        given = [{"runtime": name, "ops": ops} for name, ops in given.items()]
-    out = []
-    for entry in given:
-        ops = [o for o in entry.get("ops") or [] if is_number(o.get("ms"))]
-        total = sum(o["ms"] for o in ops)
-        shown = [
-            {**o, "share": o["ms"] / total, "percent": as_percent(o["ms"] / total), "ms": as_ms(o["ms"])}
-            for o in sorted(ops, key=lambda o: -o["ms"])
-            if total
-        ]
-        title = " · ".join(runtime_name(entry[k]) for k in ("runtime", "stage") if entry.get(k))
-        if shown:
-            counted = any(o.get("count") for o in shown)
-            out.append({"title": title, "ops": shown, "total": as_ms(total), "counted": counted})
-    return out
 
 
 def _methods(data: RunData) -> list[dict[str, Any]]:
@@ -180,7 +160,7 @@ def _run(data: RunData, folder: Path, prefix: str) -> dict[str, Any]:
         "layers": charts.layers(layers),
         "layer_rows": layers,
         "curves": _curves(data),
-        "profiles": _profiles(data),
+        "profiles": profiles(data.get("profile")),
         "methods": _methods(data),
         "failed": data.get("failed") or [],
         "environment": _flat(data.get("environment") or {}),

@@ -11,7 +11,7 @@
 | ``photos`` | ``{name, label, dense, finished, image, blocks: [grid or {block, grid}]}``; a grid holds one group id per patch, -1 where it was pruned |
 | ``quantization`` | rows ``{layer, bits_w, bits_a, error, gamma}``; default: the methods' tables whose rows have ``layer`` and ``bits`` |
 | ``curves`` | rows ``{phase, term, steps, values}`` |
-| ``profile`` | ``{runtime: [op]}`` or rows ``{runtime, stage, ops: [op]}``; op: ``{type, kernel, precision, ms, count}`` |
+| ``profile`` | ``{runtime: [op]}`` or rows ``{runtime, stage, precision, batch, int8_share, ops: [op]}``, op ``{type, kernel, precision, product, ms, count}``; default: ``profile.json`` |
 | ``methods`` | ``{class name: {"facts": {...}, "tables": [{title, rows}]}}`` |
 | ``failed`` | rows ``{name, reason}``: images that could not be read |
 | ``environment``, ``recipe`` | object, YAML text |
@@ -71,6 +71,8 @@ def read_run(folder: Path) -> RunData:
             raise StateError(f"{folder / 'report.json'}: holds a {type(data).__name__}; expected an object")
     if not data.get("environment") and (folder / "environment.json").is_file():
         data["environment"] = _read_json(folder / "environment.json")
+    if not data.get("profile") and (folder / "profile.json").is_file():
+        data["profile"] = _read_json(folder / "profile.json")
     if not data.get("recipe") and (folder / "recipe.yaml").is_file():
         data["recipe"] = (folder / "recipe.yaml").read_text(encoding="utf-8")
     if not data.get("curves") and (folder / "metrics.jsonl").is_file():
