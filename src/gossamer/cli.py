@@ -461,3 +461,7 @@ def doctor(json_: Json = False) -> None:
 def main() -> None:
     """Entry point of the ``gossamer`` command."""
     app()
+
+
+if __name__ == "__main__":
+    main()
