@@ -7,6 +7,7 @@ import sys
 from importlib import metadata
 from typing import Any
 
+from gossamer import kernels
 from gossamer.runtimes.device import device_report
 
 __all__ = ["doctor"]
@@ -44,7 +45,7 @@ def doctor() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "versions": {name: _version(name) for name in packages},
         "device": device_report(),
-        "kernels": {"native": "none built: no method of this version needs one", "torch": "plain torch"},
+        "kernels": kernels.report(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "missing": missing,
     }
