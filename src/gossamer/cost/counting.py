@@ -14,6 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 __all__ = ["Product", "Trace", "saved_bytes", "trace"]
 
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+if _CPU_ATTENTION not in flop_registry:  # torch 2.14 counts every fused attention but this one
+    flop_registry[_CPU_ATTENTION] = flop_registry[torch.ops.aten._scaled_dot_product_flash_attention]
 _CONVOLUTIONS = frozenset({torch.ops.aten.convolution, torch.ops.aten._convolution})
 
 
