@@ -21,6 +21,7 @@ from gossamer.core.schedule import Phase
 
 __all__ = [
     "FORMAT",
+    "PRETRAIN",
     "DataSettings",
     "ExportSettings",
     "ModelSettings",
@@ -32,6 +33,8 @@ __all__ = [
 
 FORMAT = 1
 """Version of the recipe file; newer ones are refused."""
+PRETRAIN = "pretrain"
+"""Name of the training that comes before everything else; what it leaves is the dense model."""
 
 
 class _Part(BaseModel):
@@ -166,7 +169,7 @@ class TrainSettings(_Part):
         given = first.model_dump(exclude_none=True, include={"schedule", "warmup", "min_lr_ratio"})
         steps = self._steps(first.steps, first.epochs, num_images, world)
         lr = None if first.lr is None else {"weights": first.lr}
-        return [replace(fit, name="pretrain", steps=steps, lr=lr, **given), fit]
+        return [replace(fit, name=PRETRAIN, steps=steps, lr=lr, **given), fit]
 
 
 class TargetSettings(_Part):

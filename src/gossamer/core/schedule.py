@@ -143,6 +143,11 @@ class Phase:
         return replace(self, name=name, steps=steps, window=replace(whole, offset=whole.offset + offset))
 
     @property
+    def whole(self) -> str:
+        """Name of the training that this phase is (a part of)."""
+        return self.name if self.window is None else self.window.name
+
+    @property
     def ends_window(self) -> bool:
         """Whether the training that this phase is (a part of) is over when the phase is."""
         return self.window is None or self.window.offset + self.steps >= self.window.total

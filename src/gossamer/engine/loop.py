@@ -242,7 +242,7 @@ class Loop:
         self._optim.follow(self._names(model))
         if self.ema is not None:
             self.ema.follow(model)  # by object, while the objects are known: a resume knows names only
-        if self.options.on_phase_end is not None and self.accelerator.is_main_process:
+        if self.options.on_phase_end is not None:
             self.options.on_phase_end(self.at.phase, phase, model)
         self._tick()
         done = {"phase": phase.name, "event": "end", "steps": self.at.step, "seconds": round(self.at.seconds, 4)}

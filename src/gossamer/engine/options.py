@@ -31,7 +31,7 @@ class RunOptions:
         quiet: No progress bars.
         dense_hook: Called with the dense model before the first method changes it.
         on_phase_end: Called with a phase's position in the plan, the phase and the model it left, on
-            rank 0, before the checkpoint that moves on; a resumed run may call it again.
+            every rank, before the checkpoint that moves on; a resumed run may call it again.
         on_row: Called with every row that goes to ``metrics.jsonl``.
         mark_finished: Mark the folder as finished at the end of ``run``; off where the caller has
             work of its own to do in it and calls ``Checkpoints.mark_finished``.

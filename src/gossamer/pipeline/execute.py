@@ -11,6 +11,7 @@ from torch import nn
 
 from gossamer.core.errors import RunError
 from gossamer.core.method import Method
+from gossamer.core.schedule import Phase
 from gossamer.cost.ledger import cost
 from gossamer.data.sources import ImageSource
 from gossamer.engine.checkpoint import Checkpoints, write_json
@@ -23,7 +24,7 @@ from gossamer.pipeline.profiling import PROFILE, profiles
 from gossamer.pipeline.setup import Setup, check_target, set_up
 from gossamer.pipeline.stages import StageFolder
 from gossamer.pipeline.summary import DESCRIBED, write_summary
-from gossamer.recipe import Recipe
+from gossamer.recipe import PRETRAIN, Recipe
 from gossamer.report.build import build_report
 from gossamer.runtimes.device import device_report
 
@@ -71,13 +72,27 @@ def _stage_folder(setup: Setup, run_dir: Path) -> StageFolder:
 
 def _train(setup: Setup, run_dir: Path, *, resume: bool, progress: bool) -> tuple[nn.Module, StageFolder]:
     keeper = _stage_folder(setup, run_dir)
-    if is_main() and not keeper.stages():
+    pretrains = setup.recipe.train.pretrain is not None
+    if is_main() and not pretrains and not keeper.stages():
         keeper.keep(0, "dense", setup.model, edited=False)
+    latest = Checkpoints(run_dir).open(resume=resume) if pretrains else None
+    dense = keeper.pretrained(latest["position"]["phase"]) if latest is not None else None
+    if dense is not None:
+        setup.adopt(dense)
+
+    def on_phase_end(index: int, phase: Phase, model: nn.Module) -> None:
+        if pretrains and phase.whole == PRETRAIN and phase.ends_window:
+            setup.adopt(model)
+            if is_main():
+                keeper.keep_pretrained(index, setup.dense)
+        elif is_main():
+            keeper.on_phase_end(index, phase, model)
+
     options = RunOptions(
         resume=resume,
         identity=setup.recipe.identity(),
         quiet=not progress,
-        on_phase_end=keeper.on_phase_end,
+        on_phase_end=on_phase_end,
         mark_finished=False,  # measuring is part of the run
     )
     loop = Loop(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gossamer.core import registry
-from gossamer.core.errors import ModelError, RecipeError
+from gossamer.core.errors import ModelError, PlanError, RecipeError
 from gossamer.core.method import Method
 from gossamer.core.schedule import Loader, Plan
 from gossamer.core.stack import Stack
@@ -37,7 +37,7 @@ class Setup:
     Attributes:
         recipe: The resolved recipe.
         model: The model to compress.
-        dense: A frozen copy of it before any method.
+        dense: A frozen copy of it before any method; where the recipe pretrains, as pretraining leaves it.
         stack: The methods.
         task: The task.
         preprocessing: Image preprocessing of the model.
@@ -57,6 +57,23 @@ class Setup:
     evaluation: ImageSource | None
     plan: Plan
     savable: bool = True
+
+    def adopt(self, model: nn.Module) -> None:
+        """Let ``dense`` hold the weights of ``model``, which pretraining has left, and teach with them from now on.
+
+        Raises:
+            PlanError: ``model`` is no longer the recipe's.
+        """
+        trained = model.state_dict()
+        own = self.dense.state_dict()
+        odd = [k for k, v in own.items() if k not in trained or trained[k].shape != v.shape]
+        if odd:
+            raise PlanError(
+                f"after pretraining the model lacks {odd[0]!r} of the recipe's, or has it in another shape; a method "
+                f"that changes the structure for good must act after the phase 'pretrain'"
+            )
+        self.dense.load_state_dict({k: trained[k] for k in own})
+        bind_self(self.stack, self.dense)
 
 
 def _methods(recipe: Recipe) -> list[Method]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from gossamer.core.errors import StateError
 from gossamer.core.method import Method
 from gossamer.core.schedule import Phase
 from gossamer.core.stack import LASTING, Stack
@@ -20,6 +21,8 @@ __all__ = ["Stage", "StageFolder", "stage_title"]
 
 _TRAINED = "trained.json"
 """Names the last stage whose phase trained the weights: from there on they may be an average."""
+_PRETRAINED = "pretrained.json"
+"""Names the phase whose end left the dense model, where the run trains it first."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,28 @@ class StageFolder:
             save(model, path, stack=self.stack if edited else None)
         else:
             self._memory[path.name] = copy.deepcopy(model).eval()
+
+    def keep_pretrained(self, index: int, dense: nn.Module) -> None:
+        """Keep the dense model, which the phase at ``index`` of the plan has left."""
+        self.keep(0, "dense", dense, edited=False)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / _PRETRAINED, {"phase": index})
+
+    def pretrained(self, phase: int) -> nn.Module | None:
+        """Return the dense model if it was pretrained before the phase at ``phase`` of the plan.
+
+        Raises:
+            StateError: It was, but cannot be rebuilt.
+        """
+        file = self.folder / _PRETRAINED
+        if not file.is_file() or json.loads(file.read_text(encoding="utf-8"))["phase"] >= phase:
+            return None
+        if not self.savable:
+            raise StateError(
+                f"{self.folder.parent}: the model was pretrained here, and only its owner can rebuild it; "
+                f"start again with the pretrained model and without train.pretrain"
+            )
+        return next(s for s in self.stages() if s.name == "dense").model()
 
     def on_phase_end(self, index: int, phase: Phase, model: nn.Module) -> None:
         """Keep the model after a phase that trained something or changed the structure.
