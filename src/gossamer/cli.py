@@ -354,7 +354,7 @@ def cost(
         return
     _facts({k: v for k, v in found.items() if not isinstance(v, list)})
     for key, rows in found.items():
-        if isinstance(rows, list) and rows:
+        if isinstance(rows, list) and rows and isinstance(rows[0], dict):
             _grid(rows, {k: k.replace("_", " ") for k in rows[0]}, title=key.replace("_", " "))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-__all__ = ["Product", "Trace", "saved_bytes", "trace"]
+__all__ = ["Product", "Trace", "storage_of", "tensors_in", "trace"]
 
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 if _CPU_ATTENTION not in flop_registry:  # torch 2.14 counts every fused attention but this one
@@ -53,25 +53,26 @@ class Trace:
     peak_bytes: int = 0
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of nested dictionaries, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
-def _storage(x: Tensor) -> int:
+def storage_of(x: Tensor) -> int:
     """Return what identifies the memory of ``x``; valid while that memory is held."""
     return x.untyped_storage()._cdata
 
 
 def _num_bytes(tensors: Sequence[Tensor]) -> int:
     """Return the bytes of the values of ``tensors``, each memory counted once."""
-    unique = {_storage(x): x for x in tensors}
+    unique = {storage_of(x): x for x in tensors}
     return sum(x.numel() * x.element_size() for x in unique.values())
 
 
@@ -99,9 +100,9 @@ class _Stack:
         self.running.pop()
         if module not in self._layers:
             return
-        given, made = list(_tensors(args)), list(_tensors(out))
-        old = {_storage(x) for x in given}
-        size = _num_bytes([x for x in made if _storage(x) not in old])
+        given, made = list(tensors_in(args)), list(tensors_in(out))
+        old = {storage_of(x) for x in given}
+        size = _num_bytes([x for x in made if storage_of(x) not in old])
         self._found.output_bytes[module] = self._found.output_bytes.get(module, 0) + size
         self._found.peak_bytes = max(self._found.peak_bytes, _num_bytes(given) + size)
 
@@ -117,7 +118,7 @@ def _recorder(op: Any, formula: Callable[..., int], stack: _Stack, weights: set[
         weighted = (
             hasattr(module, "weight_bits")
             or op in _CONVOLUTIONS
-            or any(_storage(x) in weights for x in _tensors([args, kwargs]))
+            or any(storage_of(x) in weights for x in tensors_in([args, kwargs]))
         )
         found.products.append(Product(module, str(op), flops // 2, weighted))
         return flops
@@ -147,40 +148,8 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
     """
     found = Trace()
     stack = _Stack(model, found)
-    weights = {_storage(x) for x in (*model.parameters(), *model.buffers())}
+    weights = {storage_of(x) for x in (*model.parameters(), *model.buffers())}
     mapping = {op: _recorder(op, formula, stack, weights, found) for op, formula in flop_registry.items()}
     with torch.no_grad(), _tracked(stack), FlopCounterMode(display=False, custom_mapping=mapping):
         model(*inputs)
     return found
-
-
-def saved_bytes(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
-    """Return the bytes that a training forward pass keeps for the backward pass.
-
-    Every memory is counted once and by its whole size; parameters and buffers are left out. Modes, buffers
-    and torch's random state are as before afterwards.
-    """
-    own = {_storage(x) for x in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Tensor] = {}
-
-    def keep(x: Tensor) -> None:  # nothing is stored in the graph: it is never run backwards
-        if _storage(x) not in own:
-            kept[_storage(x)] = x.detach()
-
-    modes = {m: m.training for m in model.modules()}
-    before = {name: b.clone() for name, b in model.named_buffers()}
-    try:
-        model.train()
-        with (
-            torch.random.fork_rng(devices=[]),
-            torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
-        ):
-            model(*inputs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(before[name])
-    return sum(x.untyped_storage().nbytes() for x in kept.values())

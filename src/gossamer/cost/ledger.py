@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import GossamerError, ModelError, RecipeError, nearest
-from gossamer.cost.counting import Product, Trace, saved_bytes, trace
+from gossamer.cost.counting import Product, Trace, trace
+from gossamer.cost.saved import SavedTensor, by_operator, saved_tensors
 from gossamer.runtimes.session import first_line
 from gossamer.runtimes.torch_runtime import evaluating
 
@@ -30,7 +31,8 @@ CONVENTION = {
     "quantized ones as a whole; views count 0",
     "peak_activation_bytes": "largest input plus output of one layer, for the batch given",
     "saved_activation_bytes": "memory kept by a training forward pass for its backward pass, for the batch given; "
-    "each memory once, parameters and buffers left out",
+    "each memory once, parameters, buffers and autocast's copies of them left out",
+    "saved_by_operator": "the same by the operator that saved a memory first",
 }
 """What each figure means, by field."""
 _BITS_PER_BYTE = 8
@@ -58,6 +60,7 @@ class LayerCost:
         params: Own parameters; a shared one counts where it is met first.
         weight_bytes: Bytes of the own weights.
         activation_bytes: Bytes put out, for the batch given.
+        saved_bytes: Bytes it keeps for the backward pass and was the first to keep, for the batch given.
         weight_bits: Width of the weight (or second operand).
         input_bits: Width of the input.
     """
@@ -70,6 +73,7 @@ class LayerCost:
     params: int
     weight_bytes: int
     activation_bytes: int
+    saved_bytes: int
     weight_bits: int
     input_bits: int
 
@@ -87,6 +91,7 @@ class Cost:
         activation_bytes: Bytes of all layer outputs, for the batch.
         peak_activation_bytes: Largest input plus output of a layer, for the batch.
         saved_activation_bytes: Bytes kept for the backward pass, for the batch; ``None`` if not asked for.
+        saved_by_operator: The same by operator, largest first.
         input_shape: Shape of the example, batch first.
         per_layer: Modules with any cost, in model order.
     """
@@ -99,6 +104,7 @@ class Cost:
     activation_bytes: int
     peak_activation_bytes: int
     saved_activation_bytes: int | None
+    saved_by_operator: dict[str, int]
     input_shape: tuple[int, ...]
     per_layer: list[LayerCost]
 
@@ -232,7 +238,12 @@ def _theoretical(model: nn.Module, executed: dict[nn.Module, int]) -> dict[nn.Mo
     return counts
 
 
-def _layers(model: nn.Module, found: Trace, batch: int, bits: tuple[int, int] | None, held: int) -> list[LayerCost]:
+def _layers(
+    model: nn.Module, found: Trace, kept: Sequence[SavedTensor], batch: int, bits: tuple[int, int] | None, held: int
+) -> list[LayerCost]:
+    saved: dict[nn.Module, int] = {}
+    for s in kept:
+        saved[s.module] = saved.get(s.module, 0) + s.bytes
     products: dict[nn.Module, list[Product]] = {}
     for p in found.products:
         products.setdefault(p.module, []).append(p)
@@ -245,11 +256,11 @@ def _layers(model: nn.Module, found: Trace, batch: int, bits: tuple[int, int] | 
         macs = round(sum(p.macs for p in own) / batch)
         bops = round(sum(p.macs * given * (weight if p.weighted else given) for p in own) / batch)
         params, size = store.take(path, module, weight)
-        put_out = found.output_bytes.get(module, 0)
+        put_out, held_back = found.output_bytes.get(module, 0), saved.get(module, 0)
         expected = theoretical.get(module, 0)
-        if macs or expected or params or size or put_out:
+        if macs or expected or params or size or put_out or held_back:
             kind = type(module).__name__
-            rows.append(LayerCost(path, kind, macs, expected, bops, params, size, put_out, weight, given))
+            rows.append(LayerCost(path, kind, macs, expected, bops, params, size, put_out, held_back, weight, given))
     return rows
 
 
@@ -283,6 +294,7 @@ def cost(
     *,
     bits: int | Sequence[int] | None = None,
     saved: bool = True,
+    autocast: torch.dtype | None = None,
 ) -> Cost:
     """Return the cost of a model, from one evaluation pass and one training pass.
 
@@ -300,6 +312,7 @@ def cost(
         bits: Width assumed of every product whose module declares none: one, or (weight, input).
             ``None`` takes the floats the model holds (32).
         saved: Whether to run the training pass for ``saved_activation_bytes``.
+        autocast: Run the training pass under autocast to this type.
 
     Raises:
         ModelError: The input size is not known or wrong.
@@ -311,11 +324,11 @@ def cost(
     held = _float_like(model)[1].itemsize * _BITS_PER_BYTE
     with _explained(model, inputs), evaluating(model):
         found = trace(model, inputs)
-    layers = _layers(model, found, batch, widths, held)
-    kept = None
+    kept: list[SavedTensor] = []
     if saved:
         with _explained(model, inputs, " in training; pass a larger batch, or saved=False to leave it out"):
-            kept = saved_bytes(model, inputs)
+            kept = [s for s in saved_tensors(model, inputs, autocast) if not s.weight_copy]
+    layers = _layers(model, found, kept, batch, widths, held)
     return Cost(
         macs=sum(r.macs for r in layers),
         theoretical_macs=sum(r.theoretical_macs for r in layers),
@@ -324,7 +337,8 @@ def cost(
         weight_bytes=sum(r.weight_bytes for r in layers),
         activation_bytes=sum(r.activation_bytes for r in layers),
         peak_activation_bytes=found.peak_bytes,
-        saved_activation_bytes=kept,
+        saved_activation_bytes=sum(s.bytes for s in kept) if saved else None,
+        saved_by_operator=by_operator(kept),
         input_shape=tuple(inputs[0].shape),
         per_layer=layers,
     )

@@ -56,7 +56,7 @@ def _address(x: Tensor, dtype: torch.dtype, size: int) -> int:
 
 
 def move_range(x: Grouped, bounds: Tensor, take: float, first: bool) -> None:
-    """Move ``bounds`` [2, G] (alpha, beta) towards range and minimum of ``x`` by ``take``, or onto them if ``first``."""
+    """Move ``bounds`` [2, G] (alpha, beta) towards range and minimum of ``x`` by ``take``, or onto if ``first``."""
     _native.move_range(
         _TYPES[x.data.dtype], x.data.data_ptr(), x.rows, x.stride, x.groups, x.inner,
         _address(bounds, torch.float32, 2 * x.groups), take, first, torch.get_num_threads(),
