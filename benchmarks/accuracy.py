@@ -32,6 +32,7 @@ from gossamer.models.preprocessing import preprocessing
 from gossamer.pipeline.measure import Prepared, runtime_accuracy
 from gossamer.recipe import TrainSettings
 from gossamer.runtimes import get
+from gossamer.runtimes.openvino import core, import_openvino
 from gossamer.tasks.classification import Classification, Evaluation
 from gossamer.tasks.paired import compare
 
@@ -59,12 +60,12 @@ def nncf_int8(xml: Path, folder: Path, model: nn.Module) -> Path | None:
         import nncf
     except ImportError:
         return None
-    import openvino as ov
+    ov = import_openvino()
 
     images = next(iter(batches(open_data("embedded:calibration"), eval_transform(preprocessing(model)), 32)))["image"]
     chunks = [images[i : i + BATCH].numpy() for i in range(0, 32, BATCH)]
     graph = nncf.quantize(
-        ov.Core().read_model(xml), nncf.Dataset(chunks), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(chunks)
+        core().read_model(xml), nncf.Dataset(chunks), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(chunks)
     )
     out = folder / "nncf.xml"
     ov.save_model(graph, out, compress_to_fp16=False)

@@ -28,6 +28,7 @@ from gossamer.models.timm_adapter import attention_views, open_attention
 from gossamer.ops.attention import MatMul
 from gossamer.ops.int8 import Int8Conv2d, Int8Linear, Int8MatMul
 from gossamer.runtimes import get
+from gossamer.runtimes.openvino import core, import_openvino
 from gossamer.runtimes.session import int8_share
 
 SIZE = (3, 224, 224)
@@ -81,12 +82,12 @@ def peers(dense: Path, batch: int) -> Iterator[tuple[str, Path]]:
             import nncf
         except ImportError:
             return
-        import openvino as ov
+        ov = import_openvino()
 
         rng = np.random.default_rng(0)
         images = [rng.standard_normal((batch, *SIZE), dtype=np.float32) for _ in range(32 // batch)]
         made = nncf.quantize(
-            ov.Core().read_model(str(dense)), nncf.Dataset(images),
+            core().read_model(str(dense)), nncf.Dataset(images),
             model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images),
         )  # fmt: skip
         out = dense.with_name(f"nncf-{dense.stem}.xml")
@@ -119,7 +120,7 @@ def graphs(runtime: str, name: str, batch: int, folder: Path) -> dict[str, Path]
     ours = add("dense, laid out", dense)
     add("dense, opset 23 (fused attention)", dense, opset=23, lay=False)
     if runtime == "openvino":
-        import openvino as ov
+        ov = import_openvino()
 
         direct = folder / "direct.xml"
         ov.save_model(ov.convert_model(torch.export.export(dense, (images,))), direct, compress_to_fp16=False)

@@ -33,6 +33,7 @@ from gossamer.models.build import load_model
 from gossamer.models.preprocessing import preprocessing
 from gossamer.runtimes import get
 from gossamer.runtimes.device import device_report
+from gossamer.runtimes.openvino import core, import_openvino
 from gossamer.runtimes.session import int8_share
 from gossamer.tasks.classification import Classification
 
@@ -62,9 +63,9 @@ def nncf_int8(xml: Path, out: Path, size: tuple[int, int, int]) -> Path | None:
         import nncf
     except ImportError:
         return None
-    import openvino as ov
+    ov = import_openvino()
 
-    graph = ov.Core().read_model(xml)
+    graph = core().read_model(xml)
     shape = list(graph.inputs[0].shape)
     rng = np.random.default_rng(0)
     images = [rng.standard_normal(shape, dtype=np.float32) for _ in range(max(1, 32 // shape[0]))]

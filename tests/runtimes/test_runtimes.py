@@ -176,6 +176,21 @@ def test_openvino_reports_nothing() -> None:
     assert out.stdout.split() == ["openvino.tools.ovc.telemetry_stub", "False"]
 
 
+def test_signals_survive_sessions_that_come_and_go(dense_graph: Path) -> None:
+    """A Core leaves the thread a signal stack that dies with it; see ``core``."""
+    code = (
+        "import gc, signal, subprocess, sys; from gossamer import runtimes;"
+        "load = lambda: runtimes.get('openvino').load(sys.argv[1]);"
+        "a = load(); b = load(); del a; gc.collect(); del b; gc.collect();"
+        "signal.signal(signal.SIGCHLD, lambda *_: None); signal.signal(signal.SIGUSR1, lambda *_: print('heard'));"
+        "subprocess.run(['true']); signal.raise_signal(signal.SIGUSR1)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", code, str(dense_graph)], capture_output=True, text=True
+    )
+    assert (out.returncode, out.stdout.split()) == (0, ["heard"]), out.stderr
+
+
 def test_a_reporter_that_was_there_before_loses_its_consent(monkeypatch: pytest.MonkeyPatch) -> None:
     reporter = SimpleNamespace(consent=True)
     import_openvino()

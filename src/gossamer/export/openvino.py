@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gossamer.core.errors import ModelError
-from gossamer.runtimes.openvino import import_openvino
+from gossamer.runtimes.openvino import core, import_openvino
 from gossamer.runtimes.session import first_line
 
 __all__ = ["convert"]
@@ -25,9 +25,8 @@ def convert(source: Path, target: Path, *, fp16: bool = False) -> None:
     Raises:
         ModelError: OpenVINO cannot convert the graph.
     """
-    ov = import_openvino()
     try:
-        model = ov.Core().read_model(str(source))  # convert_model would undo the grids of 8-bit layers
-        ov.save_model(model, str(target), compress_to_fp16=fp16)
+        model = core().read_model(str(source))  # convert_model would undo the grids of 8-bit layers
+        import_openvino().save_model(model, str(target), compress_to_fp16=fp16)
     except Exception as err:
         raise ModelError(f"openvino cannot convert {source.name}: {first_line(err)}") from err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from gossamer.core.errors import ModelError, StateError
 from gossamer.runtimes.session import OpClock, OpTime, Runtime, Session, first_line
 
-__all__ = ["OpenVINO", "OpenVINOSession", "import_openvino"]
+__all__ = ["OpenVINO", "OpenVINOSession", "core", "import_openvino"]
 
 _TELEMETRY = "openvino_telemetry"
 _PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution", "Deconvolution", "GroupConvolution"})
@@ -45,6 +46,17 @@ def import_openvino() -> ModuleType:
     if reporter is not None and hasattr(reporter, "consent"):
         reporter.consent = False
     return module
+
+
+@cache
+def core() -> Any:
+    """Return the process's one ``openvino.Core``; make no other.
+
+    The CPU plugin of every Core installs a signal stack of its own and puts back the one it found when it
+    goes. Two Cores that go in the order they came leave the freed stack of the first behind, and the next
+    signal with a Python handler (Ctrl-C, the end of a child process) kills the process. This one stays.
+    """
+    return import_openvino().Core()
 
 
 def _arithmetic(kernel: str) -> str:
@@ -121,7 +133,6 @@ class OpenVINO(Runtime):
         """See ``Runtime.load``; ``precision=None`` is bf16 where that is native."""
         self.check(precision, threads)
         path: Path = self.find(source)
-        core = import_openvino().Core()
         options: dict[str, Any] = {
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
@@ -129,8 +140,8 @@ class OpenVINO(Runtime):
             "INFERENCE_PRECISION_HINT": precision or self.precisions()[-1],
         }
         try:
-            model = core.read_model(str(path))
-            compiled = core.compile_model(model, "CPU", options)
+            model = core().read_model(str(path))
+            compiled = core().compile_model(model, "CPU", options)
         except Exception as err:
             raise ModelError(f"openvino cannot load {path}: {first_line(err)}") from err
         return OpenVINOSession(compiled, path.name, threads, _product_nodes(model, compiled) if profile else None)
