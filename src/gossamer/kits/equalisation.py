@@ -21,8 +21,8 @@ from gossamer.ops.quant import ChannelGain, QuantLinear
 
 __all__ = ["equalise", "find_pairs", "insert_gains"]
 
-Pair = dict[str, str]
-"""``kind`` (``norm``, ``values``, ``gain``), ``source`` and ``target`` (module paths)."""
+Pair = dict[str, Any]
+"""``kind`` (``norm``, ``values``, ``gain``), ``source`` (module path) and ``targets`` (the layers it feeds)."""
 _FLOOR = 1e-5
 _TOLERANCE = 1e-3
 
@@ -47,14 +47,16 @@ def find_pairs(model: nn.Module, attentions: Sequence[str]) -> list[Pair]:
         inside, parts = _children(model, attention), _children(model, block) if block else {}
         between = inside.get("norm")
         if isinstance(between, nn.Identity | None) and inside.get("gate") is None:
-            pairs.append({"kind": "values", "source": f"{attention}.qkv", "target": f"{attention}.proj"})
+            rows = f"{attention}.qkv" if "qkv" in inside else f"{attention}.v"
+            pairs.append({"kind": "values", "source": rows, "targets": [f"{attention}.proj"]})
         if _is_affine(parts.get("norm1")):
-            pairs.append({"kind": "norm", "source": f"{block}.norm1", "target": f"{attention}.qkv"})
+            projections = [f"{attention}.{n}" for n in ("qkv", "q", "k", "v") if n in inside]
+            pairs.append({"kind": "norm", "source": f"{block}.norm1", "targets": projections})
         mlp = _children(model, f"{block}.mlp") if "mlp" in parts else {}
         if _is_affine(parts.get("norm2")) and "fc1" in mlp:
-            pairs.append({"kind": "norm", "source": f"{block}.norm2", "target": f"{block}.mlp.fc1"})
+            pairs.append({"kind": "norm", "source": f"{block}.norm2", "targets": [f"{block}.mlp.fc1"]})
         if isinstance(mlp.get("norm"), nn.Identity) and "fc2" in mlp:
-            pairs.append({"kind": "gain", "source": f"{block}.mlp.norm", "target": f"{block}.mlp.fc2"})
+            pairs.append({"kind": "gain", "source": f"{block}.mlp.norm", "targets": [f"{block}.mlp.fc2"]})
     return pairs
 
 
@@ -62,7 +64,7 @@ def insert_gains(model: nn.Module, pairs: Sequence[Pair]) -> nn.Module:
     """Put a gain of ones where a multiplication will stay."""
     for pair in pairs:
         if pair["kind"] == "gain":
-            weight: Any = model.get_submodule(pair["target"]).weight
+            weight: Any = model.get_submodule(pair["targets"][0]).weight
             replace_module(model, pair["source"], ChannelGain(weight.shape[1]).to(weight.device))
     return model
 
@@ -103,13 +105,14 @@ def equalise(walk: Walk, pairs: Sequence[Pair], strength: float) -> None:
     """
     model = walk.model
     before = model(walk.batches[0])
-    reached = [p for p in pairs if p["target"] in walk.calls]
-    tops = _channel_tops(walk, [p["target"] for p in reached])
+    reached = [p for p in pairs if all(t in walk.calls for t in p["targets"])]
+    tops = _channel_tops(walk, [p["targets"][0] for p in reached])
     for pair in reached:
-        target: Any = model.get_submodule(pair["target"])
+        targets: list[Any] = [model.get_submodule(t) for t in pair["targets"]]
         source: Any = model.get_submodule(pair["source"])
-        top = tops[pair["target"]].clamp_min(_FLOOR) ** strength
-        scale = top / target.weight.abs().amax(0).clamp_min(_FLOOR) ** (1 - strength)
+        top = tops[pair["targets"][0]].clamp_min(_FLOOR) ** strength
+        weights = torch.stack([t.weight.abs().amax(0) for t in targets]).amax(0)
+        scale = top / weights.clamp_min(_FLOOR) ** (1 - strength)
         scale = scale / scale.log().mean().exp()
         if pair["kind"] == "gain":
             source.gain.div_(scale)
@@ -121,7 +124,8 @@ def equalise(walk: Walk, pairs: Sequence[Pair], strength: float) -> None:
             for tensor in _tensors(source, bias=True):
                 rows = tensor[-len(scale) :]  # queries, keys, then values
                 rows.div_(scale.reshape(-1, *[1] * (rows.dim() - 1)))
-        target.weight.mul_(scale)
+        for target in targets:
+            target.weight.mul_(scale)
     gap = (model(walk.batches[0]) - before).abs().max() / before.abs().max().clamp_min(_FLOOR)
     if not gap <= _TOLERANCE:
         raise ModelError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import ModelError, RecipeError
 from gossamer.models.contracts import TokenView, replace_module
-from gossamer.models.timm_adapter import mlp_hidden, open_attention, token_view
+from gossamer.models.timm_adapter import attention_widths, mlp_hidden, open_attention, token_view
 from gossamer.ops.token_blocks import SizeWeightedPool, TokenBlock
 from gossamer.ops.token_rates import TokenMacs
 from gossamer.ops.tokens import TokenTrack, find_track
@@ -52,7 +52,8 @@ def token_macs(model: nn.Module, view: TokenView) -> TokenMacs:
     for block in view.blocks:
         attn = model.get_submodule(block.attention)
         attention.append(sum(m.weight.numel() for m in attn.modules() if isinstance(m, nn.Linear)))
-        pairs.append(2 * int(attn.attn_dim))  # type: ignore[arg-type]
+        heads, qk, v = attention_widths(attn)
+        pairs.append(heads * (qk + v))
         mlp.append(mlp_hidden(model, block) * view.width)
     fixed = view.patch_macs + view.head_macs
     return TokenMacs(view.num_tokens, fixed, tuple(attention), tuple(pairs), tuple(mlp))

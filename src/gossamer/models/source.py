@@ -11,6 +11,7 @@ from typing import Any
 import timm
 from torch import nn
 
+import gossamer.models.widths  # noqa: F401 - registers its models with timm
 from gossamer.core.errors import ModelError, nearest
 from gossamer.models import cifar_nets  # noqa: F401 - registers its networks with timm
 from gossamer.models.preprocessing import Preprocessing, preprocessing

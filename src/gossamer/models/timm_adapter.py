@@ -12,7 +12,7 @@ from gossamer.core.errors import ModelError
 from gossamer.models.contracts import AttentionView, BlockView, TokenView, replace_module
 from gossamer.ops.attention import OpenAttention, OpenWindowAttention
 
-__all__ = ["attention_views", "open_attention", "token_view"]
+__all__ = ["attention_views", "attention_widths", "mlp_hidden", "open_attention", "split_attention", "token_view"]
 
 BLOCK_PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 """Submodules of a pre-norm block. A block that has exactly these is one, whatever its class."""
@@ -64,6 +64,31 @@ def open_attention(model: nn.Module, name: str) -> nn.Module:
         raise ModelError(f"attention at {name!r} is {_what(module)}; expected timm's Attention or WindowAttention")
     replace_module(model, name, new)
     return new
+
+
+def split_attention(model: nn.Module, name: str) -> OpenAttention:
+    """Open the attention at ``name`` and give queries, keys and values a layer each, so that their widths may differ.
+
+    Raises:
+        ModelError: It is no attention over all tokens, or its widths are tied by another layer.
+    """
+    attention = open_attention(model, name)
+    if not isinstance(attention, OpenAttention):
+        raise ModelError(f"attention at {name!r} is {_what(attention)}; expected attention over all tokens (ViT, DeiT)")
+    parts = ("q_norm", "k_norm", "norm", "gate")
+    tied = [n for n in parts if not isinstance(getattr(attention, n), nn.Identity | None)]
+    if tied:
+        got = ", ".join(f"{n!r}" for n in tied)
+        raise ModelError(f"attention at {name!r} has {got}, which ties the widths of its heads; expected none of these")
+    attention.split()
+    return attention
+
+
+def attention_widths(attention: nn.Module) -> tuple[int, int, int]:
+    """Return heads, query width and value width of a head, for timm's attention or an open one."""
+    if isinstance(attention, OpenAttention):
+        return attention.num_heads, attention.qk_dim, attention.v_dim
+    return int(attention.num_heads), int(attention.head_dim), int(attention.head_dim)  # type: ignore[arg-type]
 
 
 def _matrix_size(module: nn.Module | None) -> int:

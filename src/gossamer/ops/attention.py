@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gossamer.core.errors import ModelError
+
 __all__ = ["Attended", "MatMul", "OpenAttention", "OpenWindowAttention", "class_attention"]
 
 
@@ -59,12 +61,24 @@ def class_attention(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = No
 class OpenAttention(nn.Module):
     """Self-attention of a pre-norm ViT block with ``scores`` and ``values`` as submodules.
 
+    The three projections are one layer ``qkv``, or after ``split`` three layers ``q``, ``k`` and ``v``; only
+    then may queries and values have different widths. The score scale is kept whatever the widths become.
+
     Args:
         source: A timm ``Attention`` (or an object with the same attributes); its submodules are
             adopted, not copied.
+
+    Attributes:
+        num_heads: Heads H.
+        qk_dim: Width of a head's queries and keys.
+        v_dim: Width of a head's values.
+        scale: Factor of the scores.
     """
 
-    qkv: nn.Module
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    qkv: nn.Module | None
     q_norm: nn.Module
     k_norm: nn.Module
     attn_drop: nn.Dropout
@@ -76,13 +90,44 @@ class OpenAttention(nn.Module):
     def __init__(self, source: Any) -> None:
         super().__init__()
         self.num_heads: int = source.num_heads
-        self.head_dim: int = source.head_dim
-        self.attn_dim: int = source.attn_dim
+        self.qk_dim: int = source.head_dim
+        self.v_dim: int = source.head_dim
         self.scale: float = source.scale
         for name in ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"):
             setattr(self, name, getattr(source, name))
         self.scores = MatMul()
         self.values = MatMul()
+
+    @property
+    def attn_dim(self) -> int:
+        """Width of all heads' values together."""
+        return self.num_heads * self.v_dim
+
+    def split(self) -> None:
+        """Replace the fused projection by three layers that hold its rows (no-op if done before)."""
+        fused = self.qkv
+        if fused is None:
+            return
+        if not isinstance(fused, nn.Linear):
+            raise ModelError(f"attention: qkv is {type(fused).__name__}; expected nn.Linear. Split the float model")
+        biases = [None] * 3 if fused.bias is None else fused.bias.detach().chunk(3)
+        for name, weight, bias in zip("qkv", fused.weight.detach().chunk(3), biases, strict=True):
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+            layer.weight = nn.Parameter(weight.clone(), requires_grad=fused.weight.requires_grad)
+            if bias is not None:
+                layer.bias = nn.Parameter(bias.clone(), requires_grad=fused.weight.requires_grad)
+            setattr(self, name, layer.train(self.training))
+        self.qkv = None
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys [B, H, N, D] (unnormalised) and values [B, H, N, Dv] of tokens ``x`` [B, N, C]."""
+        b, n, _ = x.shape
+        if self.qkv is not None:
+            qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, self.qk_dim).permute(2, 0, 3, 1, 4)
+            return tuple(qkv.unbind(0))  # type: ignore[return-value]
+        parts = ((self.q, self.qk_dim), (self.k, self.qk_dim), (self.v, self.v_dim))
+        q, k, v = (layer(x).reshape(b, n, self.num_heads, width).transpose(1, 2) for layer, width in parts)
+        return q, k, v
 
     @property
     def fusable(self) -> bool:
@@ -106,8 +151,7 @@ class OpenAttention(nn.Module):
             need_attn: Ask for the attention matrix (the fused kernel is then not used).
         """
         b, n, _ = x.shape
-        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
+        q, k, v = self.project(x)
         q, k = self.q_norm(q), self.k_norm(k)
         attn = None
         if self.fusable and normalise is None and not need_attn:
