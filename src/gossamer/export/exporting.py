@@ -19,7 +19,7 @@ from gossamer.models.preprocessing import preprocessing
 from gossamer.models.store import require_disk
 from gossamer.runtimes import get
 
-__all__ = ["Artefact", "export", "export_once", "read_artefact"]
+__all__ = ["Artefact", "export", "export_once", "read_artefact", "write_graph"]
 
 _FREE_BATCH = 2
 _MIB = 2**20
@@ -44,6 +44,36 @@ def _needed(model: nn.Module, format: str) -> int:
     """Return the bytes an export may take on disk while it is written."""
     weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     return (3 if format == "openvino" else 2) * weights + 4 * _MIB
+
+
+def write_graph(
+    model: nn.Module, example: Tensor, folder: Path, format: str, *, dynamic: bool = False,
+    opset: int = DEFAULT_OPSET, fp16: bool = False,
+) -> Path:  # fmt: skip
+    """Write a module as a graph laid out for its runtime, without proof or preprocessing; returns the file.
+
+    For a part of a model that is only to be timed; ``export`` is for what ships.
+
+    Args:
+        model: Module in evaluation mode, on the CPU, in float32.
+        example: Its input, batch first.
+        folder: Existing folder.
+        format: ``"onnx"`` or ``"openvino"``.
+        dynamic: Leave the batch free.
+        opset: ONNX operator set.
+        fp16: Store float weights of an IR in 16 bits.
+    """
+    graph = trace(model, example, dynamic=dynamic, opset=opset)
+    lay_out(graph, RUNTIMES[format])
+    source = folder / "model.onnx"
+    write(graph, source)
+    if format != "openvino":
+        return source
+    target = folder / "model.xml"
+    convert(source, target, fp16=fp16)
+    for file in (source, Path(f"{source}.data")):
+        file.unlink(missing_ok=True)
+    return target
 
 
 def export(  # noqa: PLR0913 - each is a separate choice of the user
@@ -95,16 +125,7 @@ def export(  # noqa: PLR0913 - each is a separate choice of the user
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DESCRIPTION).unlink(missing_ok=True)
     plain = model if _is_plain(model) else copy.deepcopy(model).float().cpu().eval()
-    graph = trace(plain, images, dynamic=batch == "dynamic", opset=opset)
-    lay_out(graph, RUNTIMES[format])
-    source = folder / "model.onnx"
-    write(graph, source)
-    target = source
-    if format == "openvino":
-        target = folder / "model.xml"
-        convert(source, target, fp16=fp16)
-        for file in (source, Path(f"{source}.data")):
-            file.unlink(missing_ok=True)
+    target = write_graph(plain, images, folder, format, dynamic=batch == "dynamic", opset=opset, fp16=fp16)
     draft = Artefact(target, format, batch, opset, int8=has_int8(model), fp16=fp16, preprocessing=pre)
     proof = verify(draft, plain, images, tolerance=tolerance)
     return write_artefact(replace(draft, parity=proof.to_json()))
