@@ -33,6 +33,8 @@ from gossamer.ops.grids import SIGNED_ZERO
 __all__ = ["STEPS", "lay_out"]
 
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
+MIN_BIAS_CODE = 64
+"""Least code of a layer's largest bias: at 2 to 4 bits the step of an accumulator is coarse beside the bias."""
 
 
 def _fold_transposed_weights(model: ir.Model) -> None:
@@ -140,8 +142,9 @@ def _use_integer_biases(model: ir.Model) -> None:
             continue
         scale = (weight[1].astype(np.float64) * step).astype(np.float32)
         codes = np.round(bias / scale)
-        if np.abs(codes).max() >= 2**30:
-            continue  # would not fit beside the accumulator: stays in float
+        top = np.abs(codes).max()
+        if top >= 2**30 or top < MIN_BIAS_CODE:
+            continue  # would not fit beside the accumulator, or be rounded too coarsely: stays in float
         scale = scale if scale.size > 1 else scale.reshape(())
         inputs = [
             add_constant(model.graph, codes.astype(np.int32), "bias_codes"),

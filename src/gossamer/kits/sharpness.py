@@ -30,6 +30,7 @@ __all__ = [
     "TakesOffset",
     "displaced",
     "measure_sharpness",
+    "norms_frozen",
     "sharp_grads",
 ]
 
@@ -194,8 +195,8 @@ def displaced(moves: Sequence[tuple[_Spot, Tensor]]) -> Iterator[None]:
 
 
 @contextmanager
-def _norms_frozen(model: nn.Module, active: bool) -> Iterator[None]:
-    """Let batch norms use batch statistics without updating their running ones."""
+def norms_frozen(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Let batch norms in training mode use batch statistics without updating their running ones."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats] if active else []
     for m in norms:
         m.track_running_stats = False
@@ -215,7 +216,7 @@ def two_passes(
         moves = _ascend(_spots(model, ascent, {id(p) for p in params}), ascent)
         for p in params:
             p.grad = None
-        with displaced(moves), _norms_frozen(model, ascent.norm_updates == "first"):
+        with displaced(moves), norms_frozen(model, ascent.norm_updates == "first"):
             grads(model, batch, step, params)
     return logs
 

@@ -162,27 +162,41 @@ class _LIQWeights(nn.Module):
         """Active width of the input."""
         return self.widths[1]
 
+    def place(self, side: str) -> int:
+        """Return the index of the clip in use of ``"weight"`` or ``"input"``."""
+        k = 0 if side == "weight" else 1
+        return self._places[k][self.widths[k]]
+
     def active_clip(self, side: str) -> Tensor:
-        """Return the positive clip [1] in use of ``"weight"`` or ``"input"``, with gradient."""
-        clips, k = (self.weight_clip, 0) if side == "weight" else (self.input_clip, 1)
+        """Return the positive clip [1] in use of ``"weight"`` or ``"input"``, with gradient.
+
+        Raises:
+            ModelError: The input is not quantized.
+        """
+        clips = self.weight_clip if side == "weight" else self.input_clip
         if clips is None:
             raise ModelError(f"{type(self).__name__}: the input is not quantized and has no clip")
-        place = self._places[k][self.widths[k]]
+        place = self.place(side)
         return clips[place : place + 1].abs()
+
+    def grid_weight(self) -> Tensor:
+        """Return the weights that are rounded [as weight]: normalised if so asked."""
+        return normalise_weight(self.weight) if self.normalise else self.weight
+
+    def on_grid(self, x: Tensor, side: str) -> Tensor:
+        """Return ``x`` on the grid in use of ``"weight"`` or ``"input"``."""
+        if side == "weight":
+            return odd_levels(x, self.active_clip(side), self.widths[0])
+        put = clip_unsigned if self.inputs == "unsigned" else clip_signed
+        return put(x, self.active_clip(side), self.widths[1])
 
     def quantized_weight(self) -> Tensor:
         """Return the weights on their grid [as weight], without ``offset``."""
-        if self.widths[0] == FLOAT_BITS:
-            return self.weight
-        weight = normalise_weight(self.weight) if self.normalise else self.weight
-        return odd_levels(weight, self.active_clip("weight"), self.widths[0])
+        return self.weight if self.widths[0] == FLOAT_BITS else self.on_grid(self.grid_weight(), "weight")
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Return ``x`` on the input's grid."""
-        if self.inputs == "float" or self.widths[1] == FLOAT_BITS:
-            return x
-        put = clip_unsigned if self.inputs == "unsigned" else clip_signed
-        return put(x, self.active_clip("input"), self.widths[1])
+        return x if self.inputs == "float" or self.widths[1] == FLOAT_BITS else self.on_grid(x, "input")
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return input and weight to compute with."""
