@@ -25,7 +25,7 @@ from gossamer.core.method import STAGES, Method
 from gossamer.core.schedule import Batch, Phase, Plan, Step, Turn
 from gossamer.core.stack import LASTING, Stack
 from gossamer.kits.example import MethodExample
-from gossamer.kits.teacher import FeatureTap, bind_self, block_paths
+from gossamer.kits.teacher import BLOCK_LIST, FeatureTap, bind_self, block_paths
 from gossamer.tasks.classification import Classification
 
 __all__ = [
@@ -134,6 +134,9 @@ def check_resume(example: MethodExample) -> None:
 
 
 def _token_shapes(model: nn.Module, batch: Batch) -> list[torch.Size]:
+    """Return the shape of every block's output; nothing for a model that has no tokens."""
+    if not any(name.rpartition(".")[2] == BLOCK_LIST for name, _ in model.named_modules()):
+        return []
     with FeatureTap(model.eval(), block_paths(model), training_only=False) as tap, torch.no_grad():
         model(batch["image"])
         return [t.shape for t in tap.read().values()]

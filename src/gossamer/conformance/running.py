@@ -137,16 +137,15 @@ def interrupted_run(example: MethodExample, make: Callable[[], Sequence[Method]]
         folder = Path(name)
         first = True
         while True:
-            seen = 0
+            seen: set[tuple[str, Any]] = set()
 
-            def cut(row: dict[str, Any]) -> None:
-                nonlocal seen
-                seen += 1
-                if seen > 1:  # the first row's step is saved; the second step's work is lost
+            def cut(row: dict[str, Any], seen: set[tuple[str, Any]] = seen) -> None:
+                seen.add((row["phase"], row.get("step", "end")))  # a step may log a row for each of its turns
+                if len(seen) > 1:  # the first step is saved; the second one's work is lost
                     raise _Cut
 
             stack = Stack(make())
-            torch.manual_seed(1234 + seen)  # whatever draws from a global generator shows
+            torch.manual_seed(1234)  # whatever draws from a global generator shows
             loop = _loop(example, stack, None, folder, RunOptions(resume=not first, on_row=cut))
             first = False
             try:
