@@ -10,7 +10,7 @@ import pytest
 
 from gossamer.core.errors import StateError
 from gossamer.report import build_report
-from gossamer.report.numbers import as_bytes, as_count, as_percent, as_share, nice_ticks
+from gossamer.report.numbers import as_bytes, as_count, as_fact, as_percent, as_share, nice_ticks
 from gossamer.report.profile import KINDS, kind, profiles
 from gossamer.report.saved import sentence
 from gossamer.report.scatter import Point, accuracy_latency, frontier
@@ -123,6 +123,11 @@ def test_layers_come_from_a_methods_table(fake_run, tmp_path):
     run = fake_run(quantization=[], methods={"Q": {"tables": [{"title": "Quantized layers", "rows": rows}]}})
     html = build_report([run], tmp_path / "r.html").read_text()
     assert 'id="r0-layers"' in html and "weight bits: 8" in html and "activation bits: 6" in html
+
+
+def test_facts_read_well_inside_lists_and_mappings():
+    assert as_fact("top1_interval", [0.161, 0.5625]) == f"{as_percent(0.161)}, {as_percent(0.5625)}"
+    assert as_fact("parity", {"relative": 2.88e-7, "tolerance": 0.001}) == "relative 2.88e-07, tolerance 0.001"
 
 
 def test_operators_are_sorted_into_kinds_of_work():

@@ -48,7 +48,7 @@ def check_files(room: str) -> None:
 
 
 def check_card(room: str) -> None:
-    """The card's front matter states what the class declares."""
+    """The card's front matter states what the class declares, and offers options that the class takes."""
     entry, cls = registry.info(room), registry.find(room)
     require(entry.cls == cls.__name__, f"room {room}: card names class {entry.cls}, the room exports {cls.__name__}")
     require(entry.stage == cls.stage, f"room {room}: card says stage {entry.stage}, the class {cls.stage}")
@@ -57,6 +57,8 @@ def check_card(room: str) -> None:
         f"room {room}: card says touches {sorted(entry.touches)}, the class {sorted(cls.touches)}",
     )
     require(entry.status in STATUS, f"room {room}: status {entry.status!r}; allowed are {sorted(STATUS)}")
+    for options in entry.default_for.values():
+        registry.build(room, options)
     require(len(registry.card(room)) > 500, f"room {room}: the card says almost nothing")
 
 

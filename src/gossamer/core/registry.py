@@ -39,7 +39,8 @@ class MethodInfo:
         touches: What it changes.
         status: ``reproduced``, ``mathematics checked``, ``reconstruction`` or ``baseline``.
         package: Importable package of the room.
-        default_for: Jobs the method offers itself for when a user names the job and no method (``"int8"``).
+        default_for: Jobs the method offers itself for when a user names the job and no method, with the options
+            for it (``{"int8": {"per_channel": True}}``).
     """
 
     name: str
@@ -52,7 +53,7 @@ class MethodInfo:
     touches: tuple[str, ...]
     status: str
     package: str
-    default_for: tuple[str, ...] = ()
+    default_for: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 def _front_matter(text: str, where: str) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def methods() -> dict[str, MethodInfo]:
             touches=tuple(front["touches"]),
             status=front["status"],
             package=package,
-            default_for=tuple(front.get("default_for") or ()),
+            default_for=dict(front.get("default_for") or {}),
         )
     return dict(sorted(found.items()))
 

@@ -36,10 +36,10 @@ def to_int8(model: nn.Module, images: ImageSource) -> nn.Module:
         RecipeError: No registered method does.
         ModelError: The method cannot handle the model.
     """
-    offers = [m.name for m in registry.methods().values() if "int8" in m.default_for]
+    offers = [m for m in registry.methods().values() if "int8" in m.default_for]
     if not offers:
-        raise RecipeError("export: no registered method offers int8; its card states default_for: [int8]")
-    stack = Stack([registry.build(offers[0], {})])
+        raise RecipeError("export: no registered method offers int8; its card would state default_for: {int8: {}}")
+    stack = Stack([registry.build(offers[0].name, offers[0].default_for["int8"])])
     loader = StepLoader(
         images, eval_transform(preprocessing(model)), min(CALIBRATION_IMAGES, len(images)), seed=0, shuffle=True
     )

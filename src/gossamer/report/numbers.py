@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 __all__ = [
@@ -71,8 +72,12 @@ def as_percent(share: float, digits: int = 1) -> str:
 
 def as_fact(name: str, value: Any) -> str:
     """Return a named fact as text; the name's first or last word tells its unit (``macs_dense``, ``median_ms``)."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {as_fact(str(k), v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(as_fact(name, v) for v in value)
     if not is_number(value):
-        return ", ".join(str(v) for v in value) if isinstance(value, list | tuple) else str(value)
+        return str(value)
     words = name.lower().split("_")
     forms = {"macs": as_count, "params": as_count, "bops": as_count, "bytes": as_bytes, "ratio": as_ratio}
     for word in (words[0], words[-1]):
