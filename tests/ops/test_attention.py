@@ -11,8 +11,16 @@ from torch import nn
 
 from gossamer.core.errors import ModelError
 from gossamer.kits.token_reduction import token_macs
-from gossamer.models.timm_adapter import attention_widths, split_attention, token_view
+from gossamer.models.timm_adapter import (
+    attention_views,
+    attention_widths,
+    close_attention,
+    open_attention,
+    split_attention,
+    token_view,
+)
 from gossamer.models.widths import build_vit
+from gossamer.ops.attention import MatMul
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 
@@ -61,3 +69,24 @@ def test_different_widths_agree_with_the_formula_and_are_counted() -> None:
     torch.testing.assert_close(attention.attend(x, need_attn=True).out, attention(x))
     macs = token_macs(model, token_view(model))
     assert macs.pairs == (2 * (4 + 12), 3 * (8 + 4))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_closing_gives_the_library_back_its_attention(name: str) -> None:
+    model = timm.create_model(name, num_classes=3).eval()
+    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    plain = model(x)
+    views = attention_views(model)[:2]
+    before = [model.get_submodule(v.name) for v in views]
+    for view in views:
+        open_attention(model, view.name)
+    opened = model.get_submodule(views[0].name)
+    opened.proj = nn.Linear(*reversed(opened.proj.weight.shape))  # parts that were exchanged go along
+    opened.scores = nn.Identity()  # the library's attention could not compute this
+    close_attention(model, views[0].name)
+    assert model.get_submodule(views[0].name) is opened
+    opened.scores = MatMul()
+    for view, source in zip(views, before, strict=True):
+        close_attention(model, view.name)
+        assert model.get_submodule(view.name) is source
+    assert before[0].proj is opened.proj and not torch.equal(model(x), plain)

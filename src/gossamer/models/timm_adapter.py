@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from timm.layers import Attention, Mlp
+from timm.layers import GELU, Attention, LayerNorm, Mlp
 from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
@@ -12,7 +12,17 @@ from gossamer.core.errors import ModelError
 from gossamer.models.contracts import AttentionView, BlockView, TokenView, replace_module
 from gossamer.ops.attention import OpenAttention, OpenWindowAttention
 
-__all__ = ["attention_views", "attention_widths", "mlp_hidden", "open_attention", "split_attention", "token_view"]
+__all__ = [
+    "attention_views",
+    "attention_widths",
+    "close_attention",
+    "mlp_hidden",
+    "open_attention",
+    "sort_attention",
+    "split_attention",
+    "token_view",
+    "torch_kind",
+]
 
 BLOCK_PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 """Submodules of a pre-norm block. A block that has exactly these is one, whatever its class."""
@@ -26,17 +36,12 @@ def _what(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__name__}"
 
 
-def attention_views(model: nn.Module) -> list[AttentionView]:
-    """Return every attention module whose products can be opened, in module order.
-
-    Raises:
-        ModelError: The model holds an attention whose products gossamer cannot open; names it.
-    """
-    views, opened = [], []
+def sort_attention(model: nn.Module) -> tuple[list[AttentionView], list[str]]:
+    """Return views of the attention that can be opened, and the paths of those that cannot, in module order."""
+    views, strangers = [], []
     for name, module in model.named_modules():
         if isinstance(module, OpenAttention | OpenWindowAttention):
             views.append(AttentionView(name, "global" if isinstance(module, OpenAttention) else "window", True))
-            opened.append(name)
         elif type(module) is Attention:
             views.append(AttentionView(name, "global", False))
         elif type(module) is WindowAttention:
@@ -44,10 +49,22 @@ def attention_views(model: nn.Module) -> list[AttentionView]:
         elif any(w in type(module).__name__.lower() for w in ("attention", "attn")) and any(
             isinstance(m, nn.Linear) for m in module.children()
         ):
-            raise ModelError(
-                f"attention at {name!r} is {_what(module)}; expected timm's Attention (ViT, DeiT) or "
-                f"WindowAttention (Swin). This model cannot be opened for quantized attention"
-            )
+            strangers.append(name)
+    return views, strangers
+
+
+def attention_views(model: nn.Module) -> list[AttentionView]:
+    """Return every attention module whose products can be opened, in module order.
+
+    Raises:
+        ModelError: The model holds an attention whose products gossamer cannot open; names it.
+    """
+    views, strangers = sort_attention(model)
+    if strangers:
+        raise ModelError(
+            f"attention at {strangers[0]!r} is {_what(model.get_submodule(strangers[0]))}; expected timm's Attention "
+            f"(ViT, DeiT) or WindowAttention (Swin). This model cannot be opened for quantized attention"
+        )
     return views
 
 
@@ -64,6 +81,21 @@ def open_attention(model: nn.Module, name: str) -> nn.Module:
         raise ModelError(f"attention at {name!r} is {_what(module)}; expected timm's Attention or WindowAttention")
     replace_module(model, name, new)
     return new
+
+
+def close_attention(model: nn.Module, name: str) -> None:
+    """Put the library's own attention back at ``name``; an open one that it could not compute any more stays."""
+    module = model.get_submodule(name)
+    source = module.closed() if isinstance(module, OpenAttention | OpenWindowAttention) else None
+    if source is not None:
+        replace_module(model, name, source)
+
+
+def torch_kind(module: nn.Module) -> type[nn.Module]:
+    """Return the torch class that computes as ``module`` does, or its own class where none is known to."""
+    if type(module) is LayerNorm and not module._fast_norm:
+        return nn.LayerNorm
+    return nn.GELU if type(module) is GELU else type(module)
 
 
 def split_attention(model: nn.Module, name: str) -> OpenAttention:

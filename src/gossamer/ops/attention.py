@@ -59,7 +59,7 @@ def class_attention(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = No
 
 
 class OpenAttention(nn.Module):
-    """Self-attention of a pre-norm ViT block with ``scores`` and ``values`` as submodules.
+    """Self-attention of a pre-norm ViT block with ``scores``, ``softmax`` and ``values`` as submodules.
 
     The three projections are one layer ``qkv``, or after ``split`` three layers ``q``, ``k`` and ``v``; only
     then may queries and values have different widths. The score scale is kept whatever the widths become.
@@ -96,7 +96,20 @@ class OpenAttention(nn.Module):
         for name in ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"):
             setattr(self, name, getattr(source, name))
         self.scores = MatMul()
+        self.softmax = nn.Softmax(-1)
         self.values = MatMul()
+        self._source = (source,)  # in a tuple: no submodule, or every parameter would be there twice
+
+    def closed(self) -> nn.Module | None:
+        """Return the module this one was made from, holding its present parts; ``None`` if they no longer fit it."""
+        if self.qkv is None or self.qk_dim != self.v_dim or not self.fusable:
+            return None
+        source = self._source[0]
+        source.num_heads, source.head_dim, source.scale = self.num_heads, self.qk_dim, self.scale
+        source.attn_dim = self.attn_dim
+        for name in ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"):
+            setattr(source, name, getattr(self, name))
+        return source
 
     @property
     def attn_dim(self) -> int:
@@ -131,8 +144,9 @@ class OpenAttention(nn.Module):
 
     @property
     def fusable(self) -> bool:
-        """Whether both products are plain, so that the fused kernel computes the same."""
-        return type(self.scores) is MatMul and type(self.values) is MatMul
+        """Whether products and softmax are plain, so that the fused kernel computes the same."""
+        plain = type(self.scores) is MatMul and type(self.values) is MatMul
+        return plain and type(self.softmax) is nn.Softmax
 
     def attend(
         self,
@@ -160,7 +174,7 @@ class OpenAttention(nn.Module):
         else:
             s = self.scores(q * self.scale, k.transpose(-2, -1))
             s = s if bias is None else s + bias
-            attn = s.softmax(-1) if normalise is None else normalise(s)
+            attn = self.softmax(s) if normalise is None else normalise(s)
             out = self.values(self.attn_drop(attn), v)
         out = self.norm(out.transpose(1, 2).reshape(b, n, self.attn_dim))
         if self.gate is not None:
@@ -179,7 +193,7 @@ class OpenAttention(nn.Module):
 
 
 class OpenWindowAttention(nn.Module):
-    """Swin's window attention (relative position bias) with ``scores`` and ``values`` as submodules.
+    """Swin's window attention (relative position bias) with ``scores``, ``softmax`` and ``values`` as submodules.
 
     Args:
         source: A timm Swin ``WindowAttention``; its parameters and submodules are adopted.
@@ -201,7 +215,20 @@ class OpenWindowAttention(nn.Module):
         for name in ("qkv", "attn_drop", "proj", "proj_drop"):
             setattr(self, name, getattr(source, name))
         self.scores = MatMul()
+        self.softmax = nn.Softmax(-1)
         self.values = MatMul()
+        self._source = (source,)
+
+    def closed(self) -> nn.Module | None:
+        """Return the module this one was made from, holding its present parts; ``None`` if they no longer fit it."""
+        if not (type(self.scores) is MatMul and type(self.values) is MatMul and type(self.softmax) is nn.Softmax):
+            return None
+        source = self._source[0]
+        source.num_heads, source.scale = self.num_heads, self.scale
+        source.relative_position_bias_table = self.relative_position_bias_table
+        for name in ("qkv", "attn_drop", "proj", "proj_drop"):
+            setattr(source, name, getattr(self, name))
+        return source
 
     def _position_bias(self) -> Tensor:
         area = self.window_area
@@ -222,6 +249,6 @@ class OpenWindowAttention(nn.Module):
         if mask is not None:
             w = mask.shape[0]
             s = (s.view(-1, w, self.num_heads, n, n) + mask.unsqueeze(1).unsqueeze(0)).view(-1, self.num_heads, n, n)
-        attn = self.attn_drop(s.softmax(-1))
+        attn = self.attn_drop(self.softmax(s))
         out = self.values(attn, v).transpose(1, 2).reshape(b, n, -1)
         return self.proj_drop(self.proj(out))
