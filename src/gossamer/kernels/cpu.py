@@ -45,9 +45,11 @@ def describe() -> str:
     return f"active, {_native.isa()}"
 
 
-def takes(x: Tensor) -> bool:
-    """Return whether the native kernels can work on ``x``: real CPU memory, float32 or bfloat16."""
-    return _native is not None and x.device.type == "cpu" and x.dtype in _TYPES and not isinstance(x, FakeTensor)
+def takes(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Return whether the native kernels can work on ``x`` (as ``dtype``): real CPU memory, float32 or bfloat16."""
+    if _native is None or x.device.type != "cpu" or isinstance(x, FakeTensor):
+        return False
+    return (x.dtype if dtype is None else dtype) in _TYPES
 
 
 def _address(x: Tensor, dtype: torch.dtype, size: int) -> int:
