@@ -105,7 +105,8 @@ def compress(  # noqa: PLR0913 - the public call; all but three are optional
         target: ``{"macs": "60%", "max_drop": 0.5}``: macs, bops, params, size, memory, latency as a share
             of dense or absolute, and max_drop in points.
         teacher: For methods of the list that take a teacher and have none: a module, a spec or ``"self"``.
-        evaluation: Images to evaluate on; default: the last fifth of ``data``, kept out of training.
+        evaluation: Images to evaluate on; default: a fifth of ``data``, drawn by the seed and kept
+            out of training.
         train: Training settings of the recipe (``{"steps": 100, "lr": 1e-4}``); default: no fine-tuning.
         out: Run folder.
         resume: Continue the interrupted run in ``out``.

@@ -56,13 +56,15 @@ class DataSettings(_Part):
 
     ``search_share`` holds that share of the training images out for searches (loader ``"search"``, shown as at
     evaluation); loader ``"train"`` then sees the rest, ``"all"`` everything. With 0, ``"search"`` reads the
-    training images themselves.
+    training images themselves. ``eval_share`` serves where ``eval`` is not given: that share of the training
+    images is set aside first, for evaluation alone.
     """
 
     train: str | None = None
     eval: str | None = None
     calibration: str | None = None
     search_share: float = Field(default=0.0, ge=0, lt=1)
+    eval_share: float = Field(default=0.0, ge=0, lt=1)
     workers: int = Field(default=0, ge=0)
     augment: dict[str, Any] = {}
     mixup: float = Field(default=0.0, ge=0)

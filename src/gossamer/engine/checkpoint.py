@@ -104,6 +104,19 @@ class Checkpoints:
         latest = self.latest()
         return None if latest is None else self.read(latest, device)
 
+    def check_same_run(self, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+        """Refuse to continue the run of ``state`` under another recipe.
+
+        Raises:
+            StateError: The identities differ; names the first keys that do.
+        """
+        different = differing_keys(state["identity"], identity)
+        if different:
+            raise StateError(
+                f"{self.run_dir}: the run was started otherwise ({'; '.join(different[:5])}); "
+                f"resume it with its own recipe, or choose another folder with --out"
+            )
+
     def clear_leftovers(self) -> None:
         """Remove folders that a killed writer left half-written."""
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from gossamer.core.errors import PlanError, RecipeError, RunError, StateError
 from gossamer.core.registry import options_of
 from gossamer.core.schedule import Batch, Loader, Phase, Plan, Step, Turn
 from gossamer.core.stack import Stack
-from gossamer.engine.checkpoint import Checkpoints, differing_keys, write_json
+from gossamer.engine.checkpoint import Checkpoints, write_json
 from gossamer.engine.distributed import broadcast_data, broadcast_tensors, check_equal, make_accelerator, state_tensors
 from gossamer.engine.interrupt import Interrupted, StopSignals
 from gossamer.engine.logs import Logs
@@ -166,12 +166,8 @@ class Loop:
         check_equal(self.accelerator, "prepare edits", self.stack.edits)
 
     def _resume(self, model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
-        different = differing_keys(state["identity"], self._identity())
-        if different:
-            raise StateError(
-                f"{self._folder}: the run was started otherwise ({'; '.join(different[:5])}); "
-                f"resume it with its own recipe, or choose another folder with --out"
-            )
+        if self.checkpoints is not None:
+            self.checkpoints.check_same_run(state, self._identity())
         self.at = Position(**state["position"])
         model = self._place(model)
         if self.options.dense_hook is not None:

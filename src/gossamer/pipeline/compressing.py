@@ -12,12 +12,15 @@ from torch import nn
 from gossamer.core.errors import RecipeError
 from gossamer.core.method import Method
 from gossamer.core.registry import build, name_of, options_of
-from gossamer.data.sources import ImageSource, from_dataset, open_data, take
+from gossamer.data.sources import ImageSource, from_dataset, open_data
 from gossamer.pipeline.execute import RunResult, execute
 from gossamer.pipeline.progress import say
 from gossamer.recipe import Recipe
 
 __all__ = ["compress"]
+
+EVAL_SHARE = 0.2
+"""Share of the images set aside for evaluation where no images are given for it."""
 
 
 def _method(entry: Method | str | Mapping[str, Any], teacher: Any, target: Mapping[str, Any]) -> Method:
@@ -43,18 +46,6 @@ def _images(data: Any) -> ImageSource:
     return open_data(data) if isinstance(data, str) else from_dataset(data)
 
 
-def _split(data: Any, evaluation: Any) -> tuple[ImageSource, ImageSource]:
-    source = _images(data)
-    if evaluation is not None:
-        return source, _images(evaluation)
-    held = max(1, len(source) // 5)
-    if len(source) < 5:
-        raise RecipeError(f"data: {len(source)} images; expected at least 5, or pass evaluation images of their own")
-    order = list(range(len(source)))
-    # every fifth image, so that class folders read in order are split alike
-    return take(source, [i for i in order if i % 5 != 4]), take(source, [i for i in order if i % 5 == 4][:held])
-
-
 def compress(  # noqa: PLR0913 - mirrors the public call
     model: nn.Module | str, data: Any, methods: Sequence[Method | str | Mapping[str, Any]], *,
     target: Mapping[str, Any] | None, teacher: Any, evaluation: Any, train: Mapping[str, Any] | None,
@@ -65,7 +56,7 @@ def compress(  # noqa: PLR0913 - mirrors the public call
     if not methods:
         raise RecipeError("methods: got none; name at least one, e.g. methods=[gossamer.DiffRate()]")
     built = [_method(m, teacher, bounds) for m in methods]
-    source, held = _split(data, evaluation)
+    sources = {name: _images(given) for name, given in (("train", data), ("eval", evaluation)) if given is not None}
     spec = model if isinstance(model, str) else getattr(getattr(model, "gossamer_source", None), "name", "module")
     name, _, weights = spec.partition("@")
     recipe = Recipe.from_dict(
@@ -75,6 +66,7 @@ def compress(  # noqa: PLR0913 - mirrors the public call
             "data": {
                 "train": data if isinstance(data, str) else None,
                 "eval": evaluation if isinstance(evaluation, str) else None,
+                "eval_share": EVAL_SHARE if evaluation is None else 0.0,
             },
             "methods": [{name_of(m): options_of(m)} for m in built],
             "train": {"steps": 0, **dict(train or {})},
@@ -83,6 +75,6 @@ def compress(  # noqa: PLR0913 - mirrors the public call
     )
     return execute(
         recipe, run_dir, resume=resume, progress=progress, model=None if isinstance(model, str) else model,
-        methods=built, sources={"train": source, "eval": held, "calibration": source},
+        methods=built, sources=sources,
         say=say if progress else (lambda text: None),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,8 +147,12 @@ def execute(
     setup = set_up(recipe, model=model, methods=methods, sources=sources, rank=rank(), world=world())
     trained = run_dir / "model" / "model.json"
     keeper = _stage_folder(setup, run_dir)
-    Checkpoints(run_dir).open(resume=resume)  # refuses a folder that holds another run before anything is written
-    if resume and trained.is_file():
+    checkpoints = Checkpoints(run_dir)
+    state = checkpoints.open(resume=resume)  # refuses a folder that holds another run before anything is written
+    if state is None and is_main():
+        shutil.rmtree(keeper.folder, ignore_errors=True)  # of a run that was refused before its first step
+    if state is not None and trained.is_file():
+        checkpoints.check_same_run(state, {**recipe.identity(), "processes": world()})
         finished = load(run_dir / "model")
         say("training was finished earlier; measuring")
     else:
@@ -171,7 +176,7 @@ def execute(
     table = [r.row() for r in rows]
     write_summary(setup, keeper, table, run_dir)
     result = RunResult(finished, table, run_dir, build_report([run_dir], run_dir / "report.html"))
-    Checkpoints(run_dir).mark_finished({"images": 0 if setup.evaluation is None else len(setup.evaluation)})
+    checkpoints.mark_finished({"images": 0 if setup.evaluation is None else len(setup.evaluation)})
     result.missed = check_target(recipe, _figures(table, "dense"), _figures(table, "finished"))
     if result.missed:
         raise RunError(f"{run_dir}: the target is missed ({'; '.join(result.missed)}); model and report are kept")

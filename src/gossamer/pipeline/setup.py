@@ -139,6 +139,8 @@ def set_up(
     given = sources or {}
     train = given.get("train") or _source(recipe.data.train)
     evaluation = given.get("eval") or _source(recipe.data.eval)
+    if evaluation is None and train is not None and recipe.data.eval_share:
+        train, evaluation = hold_out(train, recipe.data.eval_share, recipe.seed)
     calibration = given.get("calibration") or _source(recipe.data.calibration) or train
     if train is None and recipe.train.trains:
         raise RecipeError("data.train: nothing given, but train.steps or train.epochs ask for training; name images")
