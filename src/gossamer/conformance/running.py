@@ -162,7 +162,7 @@ def hand_run(example: MethodExample) -> Outcome:
     bind_self(stack, model)
     model = stack.prepare(model)
     loaders = {k: stack.loader(k, v) for k, v in example.loaders.items()}
-    optimisers: dict[str, tuple[list[int], torch.optim.Optimizer]] = {}
+    optimisers: dict[str, torch.optim.Optimizer] = {}
     for phase in stack.phases(Plan(example.plan)):
         model = stack.enter(model, phase)
         _hand_phase(stack, model, phase, loaders, optimisers)
@@ -175,14 +175,14 @@ def _hand_phase(
     model: nn.Module,
     phase: Phase,
     loaders: dict[str, Loader],
-    optimisers: dict[str, tuple[list[int], torch.optim.Optimizer]],
+    optimisers: dict[str, torch.optim.Optimizer],
 ) -> None:
     groups = stack.groups(model)
     for name in {g for t in phase.turns for g in t.trains} if phase.work is None else set():
-        ids = [id(p) for p in groups[name]]
-        if optimisers.get(name, ([], None))[0] != ids:
-            own = {"opt": "adamw", "weight_decay": 0.0, **(phase.optimizer or {}).get(name, {})}
-            optimisers[name] = (ids, create_optimizer_v2([{"params": groups[name]}], lr=SETTINGS.lr, **own))
+        old = {} if phase.fresh or name not in optimisers else optimisers[name].state
+        own = {"opt": "adamw", "weight_decay": 0.0, **(phase.optimizer or {}).get(name, {})}
+        optimisers[name] = create_optimizer_v2([{"params": groups[name]}], lr=SETTINGS.lr, **own)
+        optimisers[name].state.update({p: old[p] for p in groups[name] if p in old})  # moments stay with their weights
     for i in range(phase.steps):
         if phase.until is not None and phase.until(model):
             break
@@ -202,7 +202,7 @@ def _hand_phase(
             grads(model.train(), loaders[turn.loader](phase.drawn(step)), step, params)
             stack.before_step(model, step)
             for g in turn.trains:
-                opt = optimisers[g][1]
+                opt = optimisers[g]
                 for pg in opt.param_groups:
                     pg["lr"] = (phase.lr or {}).get(g, SETTINGS.lr) * rate_factor(phase, i)
                 opt.step()

@@ -1,0 +1,1 @@
+"""Growing networks: depth operators, the elastic supernet, a step timer."""
