@@ -3,7 +3,7 @@
 Measured in ``benchmarks/int8_layout.md``. OpenVINO multiplies two activations in int8 only if
 neither has a zero point, so its signed grids are written as int8. ONNX Runtime's kernels want uint8
 activations, weights that are not transposed at run time, biases as int32 and a patch embedding that
-is a matrix product.
+is a matrix product; a convolution is an integer one only if its output is rounded at once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from gossamer.export.convolution import (
+    clip_codes,
+    merge_half_levels,
+    round_before_pooling,
+    use_products_for_patches,
+)
 from gossamer.export.projection import pack_projections, split_projections
 from gossamer.export.rewrite import (
     add_constant,
@@ -35,6 +41,7 @@ __all__ = ["STEPS", "lay_out"]
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
 MIN_BIAS_CODE = 64
 """Least code of a layer's largest bias: at 2 to 4 bits the step of an accumulator is coarse beside the bias."""
+_INT8_TOP = 127
 
 
 def _fold_transposed_weights(model: ir.Model) -> None:
@@ -93,9 +100,13 @@ def _mark_signed(codes: ir.Value) -> None:
     while pending:
         value = pending.pop()
         value.type = ir.TensorType(ir.DataType.INT8)
-        for use in value.uses():
-            if use.node.op_type != "DequantizeLinear":
-                pending += use.node.outputs
+        for node in (use.node for use in value.uses()):
+            if node.op_type == "Clip":
+                for slot in (1, 2):
+                    bound = np.array((scalar(node.inputs[slot]) or 0) - SIGNED_ZERO, np.int8)
+                    node.replace_input_with(slot, add_constant(graph_of(node), bound, "signed_bound"))
+            if node.op_type != "DequantizeLinear":
+                pending += node.outputs
 
 
 def _dequantize_before_transposes(model: ir.Model) -> None:
@@ -110,6 +121,24 @@ def _dequantize_before_transposes(model: ir.Model) -> None:
         value = add_node(node, "DequantizeLinear", [codes, *rest], dtype=real, shape=shape)
         value = add_node(node, "Transpose", [value], {"perm": perm}, dtype=real, shape=sizes(node.outputs[0]))
         replace(node.outputs[0], value)
+
+
+def _widen_weights(model: ir.Model) -> None:
+    """Let the codes of narrow weights fill int8, their steps being smaller in turn: exact.
+
+    ONNX Runtime rounds a bias to the product of both steps, which is coarse on narrow grids.
+    """
+    for node in list(model.graph):
+        weight = quantized_constant(node.outputs[0]) if node.op_type == "DequantizeLinear" else None
+        if weight is None:
+            continue
+        codes, scale, _, _ = weight
+        factor = _INT8_TOP // max(1, int(np.abs(codes.astype(np.int16)).max()))
+        if factor > 1 and codes.size > 1:
+            node.replace_input_with(0, add_constant(model.graph, codes * np.int8(factor), "wide_codes"))
+            shape = constant(node.inputs[1]).shape  # type: ignore[union-attr]
+            fine = (scale / factor).astype(np.float32).reshape(shape)
+            node.replace_input_with(1, add_constant(model.graph, fine, "fine_scale"))
 
 
 def _input_step(value: ir.Value | None) -> float | None:
@@ -155,92 +184,15 @@ def _use_integer_biases(model: ir.Model) -> None:
         node.replace_input_with(slot, out)
 
 
-def _is_patch_embedding(node: ir.Node) -> bool:
-    kernel = attribute(node, "kernel_shape")
-    return (
-        node.op_type == "Conv"
-        and kernel is not None
-        and len(kernel) == 2
-        and list(attribute(node, "strides") or ()) == list(kernel)
-        and not any(attribute(node, "pads") or ())
-        and set(attribute(node, "dilations") or (1,)) == {1}
-        and attribute(node, "group") in (1, None)
-        and attribute(node, "auto_pad") in ("NOTSET", None)
-    )
-
-
-def _patches_as_rows(node: ir.Node, codes: ir.Value | None) -> ir.Value | None:
-    """Return the int8 patches of ``codes`` [B, C, H, W] as rows [B, H' W', C k k]."""
-    shape, (high, wide) = sizes(codes), attribute(node, "kernel_shape")
-    if codes is None or codes.dtype is None or shape is None or not all(isinstance(n, int) for n in shape[1:]):
-        return None
-    channels, height, width = (int(n) for n in shape[1:])
-    if height % high or width % wide:
-        return None
-    graph, batch = graph_of(node), shape[0]
-    grid = [height // high, width // wide]
-    cut = np.array([0, channels, grid[0], high, grid[1], wide], np.int64)
-    cells = [batch, channels, grid[0], high, grid[1], wide]
-    value = add_node(node, "Reshape", [codes, add_constant(graph, cut, "cut")], dtype=codes.dtype, shape=cells)
-    cells = [batch, *grid, channels, high, wide]
-    value = add_node(node, "Transpose", [value], {"perm": [0, 2, 4, 1, 3, 5]}, dtype=codes.dtype, shape=cells)
-    rows = [grid[0] * grid[1], channels * high * wide]
-    flat = add_constant(graph, np.array([0, *rows], np.int64), "rows")
-    return add_node(node, "Reshape", [value, flat], dtype=codes.dtype, shape=[batch, *rows])
-
-
-def _use_products_for_patches(model: ir.Model) -> None:
-    """Turn int8 convolutions whose windows do not overlap into matrix products."""
-    graph = model.graph
-    for node in list(graph):
-        if not _is_patch_embedding(node):
-            continue
-        weight, source = quantized_constant(node.inputs[1]), producer(node.inputs[0], "DequantizeLinear")
-        shape = sizes(node.outputs[0])
-        if weight is None or source is None or shape is None or (weight[2] != 0 and weight[1].size > 1):
-            continue
-        rows = _patches_as_rows(node, source.inputs[0])
-        if rows is None:
-            continue
-        codes, scale, _, dequantize = weight
-        batch, out, tokens = shape[0], codes.shape[0], (sizes(rows) or [0, 0])[1]
-        activations = add_node(
-            node, "DequantizeLinear", [rows, *source.inputs[1:]], dtype=ir.DataType.FLOAT, shape=sizes(rows)
-        )
-        table = add_constant(graph, codes.reshape(out, -1).T, "patch_weight")
-        matrix = add_node(
-            node, "DequantizeLinear", [table, *dequantize.inputs[1:]], {"axis": 1}, dtype=ir.DataType.FLOAT,
-            shape=[codes[0].size, out],
-        )  # fmt: skip
-        flat = [batch, tokens, out]
-        value = add_node(node, "MatMul", [activations, matrix], dtype=ir.DataType.FLOAT, shape=flat)
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
-            value = add_node(node, "Add", [value, node.inputs[2]], dtype=ir.DataType.FLOAT, shape=flat)
-        _join_patches(node, value, shape)
-
-
-def _join_patches(node: ir.Node, rows: ir.Value, shape: list[int | str]) -> None:
-    """Give the users of a convolution its output from ``rows`` [B, H' W', out]; nothing moves if they flatten it."""
-    graph = graph_of(node)
-    reshape = only_user(node.outputs[0], "Reshape")
-    transpose = None if reshape is None else only_user(reshape.outputs[0], "Transpose")
-    if transpose is not None and sizes(transpose.outputs[0]) == sizes(rows):
-        replace(transpose.outputs[0], rows)
-        return
-    back = {"perm": [0, 2, 1]}
-    turned = add_node(
-        node, "Transpose", [rows], back, dtype=ir.DataType.FLOAT, shape=[shape[0], shape[1], (sizes(rows) or [0, 0])[1]]
-    )
-    target = add_constant(graph, np.array([0, *shape[1:]], np.int64), "map")
-    replace(node.outputs[0], add_node(node, "Reshape", [turned, target], dtype=ir.DataType.FLOAT, shape=shape))
-
-
 STEPS: dict[str, tuple[Callable[[ir.Model], object], ...]] = {
     "onnxruntime": (
         _fold_transposed_weights,
         pack_projections,
         _use_scalars,
-        _use_products_for_patches,
+        merge_half_levels,
+        _widen_weights,
+        clip_codes,
+        use_products_for_patches,
         _use_integer_biases,
     ),
     "openvino": (
@@ -248,6 +200,7 @@ STEPS: dict[str, tuple[Callable[[ir.Model], object], ...]] = {
         pack_projections,
         split_projections,
         _use_scalars,
+        round_before_pooling,
         _use_signed_codes,
         _dequantize_before_transposes,
     ),

@@ -24,6 +24,7 @@ from gossamer.ops.quant import QuantConv2d, QuantMatMul, fake_quantize
 
 __all__ = [
     "Captured",
+    "Observe",
     "RowPick",
     "TopMagnitudes",
     "Walk",

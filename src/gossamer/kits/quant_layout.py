@@ -8,12 +8,13 @@ takes its final form (real 8 bit, simulated, or float again).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from torch import nn
 
 from gossamer.core.errors import ModelError
+from gossamer.kits.folding import fold_norms
 from gossamer.models.contracts import replace_module
 from gossamer.models.timm_adapter import attention_views, open_attention
 from gossamer.ops.attention import MatMul
@@ -27,11 +28,13 @@ __all__ = [
     "Layout",
     "find_layout",
     "WidthOptions",
+    "classifiers",
     "final_forms",
     "finish_layers",
     "layer_specs",
     "open_layout",
     "quant_layers",
+    "unfit_padding",
     "weight_counts",
     "wrap_layers",
 ]
@@ -54,6 +57,10 @@ class Layout:
         modules: Layers by module of a mixed-precision decision: ``<attention path>`` and
             ``<block path>.mlp`` (whatever of the block is not its attention).
         skipped: Layers left in float, with the reason.
+        norms: ``[layer, batch norm]`` to fold before anything else.
+        unsigned: Layers whose input cannot be negative.
+        sums: Modules whose output is to be rounded beside the layers' inputs (``"signed"`` or
+            ``"unsigned"``), so that sums run in integers.
     """
 
     attentions: tuple[str, ...]
@@ -61,6 +68,9 @@ class Layout:
     heads: tuple[str, ...]
     modules: dict[str, list[str]]
     skipped: dict[str, str]
+    norms: list[list[str]] = field(default_factory=list)
+    unsigned: list[str] = field(default_factory=list)
+    sums: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON."""
@@ -91,7 +101,7 @@ class LayerSpec:
     new_bias: bool = False
 
 
-def _classifiers(model: nn.Module) -> set[str]:
+def classifiers(model: nn.Module) -> set[str]:
     """Return the paths of the classifier layers (timm's ``get_classifier``, else by usual names)."""
     get = getattr(model, "get_classifier", None)
     if get is None:
@@ -101,12 +111,17 @@ def _classifiers(model: nn.Module) -> set[str]:
     return {n for n, m in model.named_modules() if id(m) in owned and isinstance(m, nn.Linear)}
 
 
-def _unfit(module: nn.Conv2d) -> str | None:
-    if module.groups != 1:
-        return f"grouped convolution (groups={module.groups}), whose outputs are no one matrix product"
+def unfit_padding(module: nn.Conv2d) -> str | None:
+    """Return why the padding of a convolution keeps it in float, ``None`` if it does not."""
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         return f"padding {module.padding!r} in mode {module.padding_mode!r}"
     return None
+
+
+def _unfit(module: nn.Conv2d) -> str | None:
+    if module.groups != 1:
+        return f"grouped convolution (groups={module.groups}), whose outputs are no one matrix product"
+    return unfit_padding(module)
 
 
 def find_layout(model: nn.Module, *, products: bool = True) -> Layout:
@@ -154,15 +169,15 @@ def find_layout(model: nn.Module, *, products: bool = True) -> Layout:
             units[block] += new
             modules.setdefault(attention, []).extend(new)
     layers = {n for names in units.values() for n in names}
-    heads = tuple(sorted(_classifiers(model) & layers))
+    heads = tuple(sorted(classifiers(model) & layers))
     return Layout(tuple(blocks), units, heads, modules, skipped)
 
 
-def open_layout(model: nn.Module, attentions: Sequence[str]) -> nn.Module:
-    """Open the attentions at the given paths."""
-    for name in attentions:
+def open_layout(model: nn.Module, layout: Layout) -> nn.Module:
+    """Open the attentions and fold the batch norms that a layout lists (those still there)."""
+    for name in layout.attentions:
         open_attention(model, name)
-    return model
+    return fold_norms(model, layout.norms)
 
 
 def wrap_layers(model: nn.Module, specs: Mapping[str, Mapping[str, Any]]) -> nn.Module:
@@ -234,7 +249,8 @@ def layer_specs(model: nn.Module, layout: Layout, options: WidthOptions) -> dict
                 bits = (options.head_bits, options.head_bits)
             fused = leaf == "qkv" and parent in layout.attentions
             steps = layer.weight.shape[0] if options.per_channel else 3 if fused else 1
-            spec = LayerSpec("weights", bits, steps, new_bias=options.new_bias)
+            signed = (name not in layout.unsigned, True)
+            spec = LayerSpec("weights", bits, steps, signed, new_bias=options.new_bias)
         specs[name] = asdict(spec)
     return specs
 

@@ -48,6 +48,7 @@ SIGNED_ZERO = 128
 """Code of zero on a signed grid."""
 _RANGE = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 _BYTE = 8
+_TIE = 1e-5
 
 
 def _along(values: Tensor, x: Tensor, axis: int) -> Tensor:
@@ -247,8 +248,8 @@ class InputGrid(nn.Module):
 
     def codes(self, x: Tensor) -> Tensor:
         """Return ``x`` rounded to the grid less ``shift``: what an integer kernel multiplies."""
-        if self.kind == "odd":
-            x = x - self.scale.to(x.dtype) / 2
+        if self.kind == "odd":  # a little less than half a distance: 0 is no tie, and goes up everywhere
+            x = x - self.scale.to(x.dtype) * (0.5 - _TIE)
         narrow = self._span if self.bits < _BYTE else (None, None)
         codes = quantize(x, self.scale, self.zero_point, 0, torch.uint8, *narrow)
         return dequantize(codes, self.scale, self.zero_point, 0).to(x.dtype)

@@ -46,7 +46,9 @@ class _Int8Weights(nn.Module):
     weight: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor
-    ones: Tensor
+    unit_weight: Tensor
+    unit_scale: Tensor
+    unit_zero_point: Tensor
     bias: Tensor | None
 
     def __init__(self, shape: tuple[int, ...], bias: bool, grids: LayerGrids) -> None:
@@ -186,6 +188,16 @@ class _Int8Weights(nn.Module):
         shift = self.input_grid.shift
         return y if shift is None else y + self._constant(shift * self.dequantized_weight(), x)
 
+    def _add_unit(self, shape: tuple[int, ...]) -> None:
+        """Hold the weight of ones that halved weights need."""
+        if self.grids.halved:
+            self.register_buffer("unit_weight", torch.ones(shape, dtype=torch.int8), persistent=False)
+            self.register_buffer("unit_scale", torch.ones(1), persistent=False)
+            self.register_buffer("unit_zero_point", torch.zeros(1, dtype=torch.int8), persistent=False)
+
+    def _unit(self) -> Tensor:
+        return dequantize(self.unit_weight, self.unit_scale, self.unit_zero_point, 0)
+
     @abstractmethod
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the product with a float weight."""
@@ -218,8 +230,7 @@ class Int8Linear(_Int8Weights):
     ) -> None:
         super().__init__((out_features, in_features), bias, grids or LayerGrids())
         self.in_features, self.out_features = in_features, out_features
-        if self.grids.halved:
-            self.register_buffer("ones", torch.ones(1, in_features, dtype=torch.int8), persistent=False)
+        self._add_unit((1, in_features))
 
     @classmethod
     def like(cls, source: Any, grids: LayerGrids, *, bias: bool | None = None) -> Self:
@@ -230,7 +241,7 @@ class Int8Linear(_Int8Weights):
         return F.linear(x, weight, bias)
 
     def _sums(self, x: Tensor) -> Tensor:
-        return F.linear(x, dequantize(self.ones, *_unit(self.ones), 0))
+        return F.linear(x, self._unit())
 
     def _constant(self, weight: Tensor, x: Tensor) -> Tensor:
         return weight.sum(1)
@@ -240,11 +251,6 @@ class Int8Linear(_Int8Weights):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.grids}"
-
-
-def _unit(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the step 1 and the zero point 0."""
-    return torch.ones(1, device=like.device), torch.zeros(1, dtype=torch.int8, device=like.device)
 
 
 class Int8Conv2d(_Int8Weights):
@@ -273,8 +279,7 @@ class Int8Conv2d(_Int8Weights):
     ) -> None:
         super().__init__(shape, bias, grids or LayerGrids())
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
-        if self.grids.halved:
-            self.register_buffer("ones", torch.ones(groups, *shape[1:], dtype=torch.int8), persistent=False)
+        self._add_unit((groups, *shape[1:]))
 
     @classmethod
     def like(cls, source: Any, grids: LayerGrids, *, bias: bool | None = None) -> Self:
@@ -300,8 +305,8 @@ class Int8Conv2d(_Int8Weights):
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def _sums(self, x: Tensor) -> Tensor:
-        sums = self._product(x, dequantize(self.ones, *_unit(self.ones), 0), None)
-        return sums if self.groups == 1 else sums.repeat_interleave(len(self.weight) // self.groups, 1)
+        sums, per_group = self._product(x, self._unit(), None), len(self.weight) // self.groups
+        return sums if 1 in (self.groups, per_group) else sums.repeat_interleave(per_group, 1)
 
     def _constant(self, weight: Tensor, x: Tensor) -> Tensor:
         if not any(self.padding):

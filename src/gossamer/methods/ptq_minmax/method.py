@@ -6,7 +6,7 @@ searching methods, steps read off the data in one pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from gossamer.core.errors import RecipeError, StateError
 from gossamer.core.method import Edit, Method
 from gossamer.core.schedule import Loader, Phase, Plan, Step
-from gossamer.kits.calibration import TopMagnitudes, Walk, calibration_batches
+from gossamer.kits.calibration import Observe, TopMagnitudes, Walk, calibration_batches
+from gossamer.kits.conv_layout import find_conv_layout, round_outputs
 from gossamer.kits.quant_layout import (
     Layout,
     WidthOptions,
@@ -28,6 +29,7 @@ from gossamer.kits.quant_layout import (
     quant_layers,
     wrap_layers,
 )
+from gossamer.models.timm_adapter import attention_views
 from gossamer.ops.quant import BITS, QuantMatMul, max_scale
 
 __all__ = ["PTQMinMax"]
@@ -37,7 +39,7 @@ CALIBRATE = "ptq_minmax.calibrate"
 
 @dataclass
 class PTQMinMax(Method):
-    """Quantizes a vision transformer with steps from the extremes of weights and activations.
+    """Quantizes a vision transformer or a convolutional network with steps from extremes.
 
     Attributes:
         w_bits: Width of weights, 2..16.
@@ -48,6 +50,8 @@ class PTQMinMax(Method):
         unsigned_softmax: Unsigned grid for the softmax output.
         head_bits: Width of the classifier; ``None`` for float.
         attention_products: Quantize both attention products.
+        sums: Round residual sums and what pooling reads to 8 bits too, so that a convolutional network
+            runs in integers from end to end. Only where weights and activations have 8 bits.
         images: Calibration images.
     """
 
@@ -61,9 +65,11 @@ class PTQMinMax(Method):
     unsigned_softmax: bool = False
     head_bits: int | None = 8
     attention_products: bool = True
+    sums: bool = True
     images: int = 32
     _layout: Layout | None = field(default=None, init=False, repr=False, compare=False)
     _reached: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+    _sums: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def check(self) -> None:
         """Raise ``RecipeError`` for option values that cannot be used."""
@@ -75,9 +81,11 @@ class PTQMinMax(Method):
         TopMagnitudes(self.percentile)
 
     def prepare(self, model: nn.Module) -> Edit:
-        """Find the layers and open the attentions."""
+        """Find the layers; open the attentions or fold the batch norms."""
         self.check()
-        return {"layout": find_layout(model, products=self.attention_products).to_json()}
+        has_attention = bool(attention_views(model))
+        layout = find_layout(model, products=self.attention_products) if has_attention else find_conv_layout(model)
+        return {"layout": layout.to_json()}
 
     def enter(self, model: nn.Module, phase: Phase) -> Edit | None:
         """Wrap the layers."""
@@ -91,22 +99,24 @@ class PTQMinMax(Method):
         return {"active": list(self._reached)} if phase.name == CALIBRATE else None
 
     def finish(self, model: nn.Module) -> Edit:
-        """Decide each layer's final form."""
+        """Decide each layer's final form and the grids of the sums."""
         if not any(m.active for m in quant_layers(model).values()):
             raise StateError(f"ptq_minmax: no layer is calibrated; run the phase {CALIBRATE!r} before finish")
-        return {"final": final_forms(model)}
+        kinds = {} if self._layout is None else self._layout.sums
+        sums = {name: {"bits": 8, "kind": kinds[name], "step": step} for name, step in self._sums.items()}
+        return {"final": final_forms(model), "sums": sums}
 
     def apply(self, model: nn.Module, edit: Edit) -> nn.Module:
         """Open, wrap, activate or give final forms."""
         if "layout" in edit:
             self._layout = Layout.from_json(edit["layout"])
-            return open_layout(model, self._layout.attentions)
+            return open_layout(model, self._layout)
         if "wrap" in edit:
             return wrap_layers(model, edit["wrap"])
         layers = quant_layers(model)
         for name in edit.get("active", []):
             layers[name].active = True
-        return finish_layers(model, edit.get("final", {}))
+        return round_outputs(finish_layers(model, edit.get("final", {})), edit.get("sums", {}))
 
     def phases(self, plan: Plan) -> Plan:
         """Calibrate after everything else, in one unit of work."""
@@ -121,7 +131,7 @@ class PTQMinMax(Method):
         share = len(walk.batches[0]) / walk.num_images
         tops: dict[str, list[TopMagnitudes]] = {n: [] for n in self._reached}
 
-        def observer(name: str) -> Callable[[tuple[Tensor, ...], Tensor | None, int], None]:
+        def observer(name: str) -> Observe:
             def observe(inputs: tuple[Tensor, ...], out: Tensor | None, batch: int) -> None:
                 if not tops[name]:
                     shared = share / walk.calls[name]
@@ -141,7 +151,20 @@ class PTQMinMax(Method):
             rows = layer.weight.abs().flatten(1).amax(1).reshape(len(layer.weight_scale), -1).amax(1)
             layer.weight_scale.copy_(max_scale(rows, layer.bits[0]))
             layer.input_scale.copy_(max_scale(seen[0].value(), layer.bits[1], layer.signed))
+        self._sums = self._sum_steps(walk) if self.sums and (self.w_bits, self.a_bits) == (8, 8) else {}
         return {}
+
+    def _sum_steps(self, walk: Walk) -> dict[str, float]:
+        """Return the step of every value that is rounded beside the layers' inputs."""
+        kinds = {} if self._layout is None else self._layout.sums
+        tops = {n: TopMagnitudes(self.percentile, len(walk.batches[0]) / walk.num_images) for n in kinds}
+
+        def observer(name: str) -> Observe:
+            return lambda inputs, out, batch: tops[name].add(out)
+
+        if kinds:
+            walk.run({n: observer(n) for n in kinds}, outputs=True)
+        return {n: float(max_scale(top.value(), 8, kinds[n] == "signed")) for n, top in tops.items()}
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """Return widths per layer."""
@@ -157,9 +180,10 @@ class PTQMinMax(Method):
         return {"facts": facts, "tables": [{"title": "Quantized layers", "rows": rows}]}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the names of the calibrated layers."""
-        return {"reached": list(self._reached)}
+        """Return the names of the calibrated layers and the steps of the sums."""
+        return {"reached": list(self._reached), "sums": dict(self._sums)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         self._reached = list(state["reached"])
+        self._sums = dict(state.get("sums", {}))

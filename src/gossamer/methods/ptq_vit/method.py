@@ -191,7 +191,7 @@ class PTQViT(Method):
         """Open, wrap, set widths, activate or give final forms."""
         if "layout" in edit:
             self._layout = Layout.from_json(edit["layout"])
-            return open_layout(model, self._layout.attentions)
+            return open_layout(model, self._layout)
         if "wrap" in edit:
             self._pairs = edit["pairs"]
             return insert_gains(wrap_layers(model, edit["wrap"]), self._pairs)

@@ -1,0 +1,133 @@
+"""Convolutional networks in 8 bits and fewer: exact graphs, and integer kernels from end to end in both runtimes."""
+
+from collections import Counter
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import timm
+import torch
+from timm.models.resnet import Bottleneck, ResNet
+from torch import nn
+
+import gossamer as gs
+from gossamer.export.exporting import export
+from gossamer.export.layout import lay_out
+from gossamer.export.onnx import trace, write
+from gossamer.kits.calibration import calibrate
+from gossamer.kits.conv_layout import round_outputs
+from gossamer.ops.grids import LayerGrids
+from gossamer.ops.int8 import int8_layer
+from gossamer.runtimes import get
+from gossamer.runtimes.session import int8_share
+
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+def small_resnet():
+    torch.manual_seed(0)
+    return ResNet(Bottleneck, (1, 1, 1, 2), channels=(16, 16, 24, 24), num_classes=10).eval()
+
+
+def profiled(runtime, graph, images):
+    """Return (output, profile) of a graph file."""
+    session = get(runtime).load(graph, precision="f32", profile=True, threads=1)
+    out = [session.run(images.numpy()) for _ in range(2)][-1]
+    return out, session.profile()
+
+
+@pytest.mark.parametrize("format", RUNTIMES)
+@pytest.mark.parametrize("build", [small_resnet, lambda: timm.create_model("mobilenetv2_035", num_classes=10).eval()])
+def test_products_and_sums_of_a_network_run_in_integers(build, format, tmp_path):
+    model = calibrate(gs.PTQMinMax(per_channel=True), build(), IMAGES)
+    artefact = export(model, tmp_path, format=format, batch=2, example=IMAGES)
+    assert artefact.parity["relative"] <= artefact.parity["tolerance"]
+    _, profile = profiled(RUNTIMES[format], artefact.graph, IMAGES)
+    assert int8_share(profile, by="count") == 1.0
+    kinds = Counter(op.type for op in profile)
+    assert not kinds & Counter(("Conv", "Add", "Relu", "BatchNormalization", "FusedConv"))
+    if format == "onnx":
+        assert kinds["QLinearAdd"] > 3
+
+
+def small_net(grids, kernel=3, groups=1):
+    """Return three layers on ``grids``, their sum rounded to 8 bits; inputs in [0, 1]."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, kernel, padding=kernel // 2, groups=groups),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    ).eval()  # fmt: skip
+    levels = 2**grids.weight_bits - 1
+    for at, top in ((0, 1.0), (2, 0.8), (6, 0.6)):
+        weight = net[at].weight.detach().abs().max() / (levels if grids.weight_grid == "odd" else levels / 2)
+        net[at] = int8_layer(net[at], grids, weight, top / (2**grids.input_bits - 1))
+    return round_outputs(net, {"3": {"bits": 8, "kind": "unsigned", "step": 0.6 / 255}})
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES.values())
+@pytest.mark.parametrize(
+    "grids",
+    [LayerGrids(b, b, "odd", "unsigned") for b in (1, 2, 4, 8)]
+    + [LayerGrids(8, 4, "odd", "signed"), LayerGrids(4, 4, "symmetric", "asymmetric"), LayerGrids(3, 8)],
+    ids=lambda g: f"{g.weight_grid}{g.weight_bits}-{g.input_grid}{g.input_bits}",
+)
+def test_every_grid_runs_in_integers_and_stays_exact(grids, runtime, tmp_path):
+    model = small_net(grids)
+    with torch.no_grad():
+        want = model(IMAGES).numpy()
+    graph = trace(model, IMAGES)
+    lay_out(graph, runtime)
+    write(graph, tmp_path / "model.onnx")
+    got, profile = profiled(runtime, tmp_path / "model.onnx", IMAGES)
+    assert int8_share(profile, by="count") == 1.0
+    assert np.linalg.norm(got - want) < 5e-3 * np.linalg.norm(want)
+
+
+def test_odd_8_bit_weights_take_one_integer_convolution_in_onnxruntime(tmp_path):
+    graph = trace(small_net(LayerGrids(8, 8, "odd", "unsigned")), IMAGES)
+    lay_out(graph, "onnxruntime")
+    assert Counter(n.op_type for n in graph.graph)["Conv"] == 2
+    depthwise = trace(small_net(LayerGrids(8, 8, "odd", "unsigned"), groups=16), IMAGES)
+    lay_out(depthwise, "onnxruntime")
+    assert Counter(n.op_type for n in depthwise.graph)["Conv"] == 1 + 2  # groups keep their sums apart
+
+
+def test_bounds_move_into_codes_only_where_saturation_does_not_do(tmp_path):
+    class Bounded(nn.Module):
+        def __init__(self, bound, step, kind):
+            super().__init__()
+            self.act, self.layer = bound, int8_layer(nn.Conv2d(3, 4, 1), LayerGrids(input_grid=kind), 0.01, step)
+
+        def forward(self, x):
+            return self.layer(self.act(x - 0.5)).mean((2, 3))
+
+    for bound, step, kind, clips in (
+        (nn.ReLU(), 0.01, "unsigned", 0),
+        (nn.ReLU(), 0.01, "signed", 1),
+        (nn.Hardtanh(0, 0.3), 0.001, "unsigned", 0),
+        (nn.Hardtanh(0, 0.3), 0.002, "unsigned", 1),
+    ):
+        model = Bounded(bound, step, kind)
+        graph = trace(model, IMAGES)
+        lay_out(graph, "onnxruntime")
+        kinds = Counter(n.op_type for n in graph.graph)
+        assert (kinds["Relu"], kinds["Clip"]) == (0, clips)
+        session = profiled("onnxruntime", _written(graph, tmp_path), IMAGES)
+        np.testing.assert_allclose(session[0], model(IMAGES).detach().numpy(), atol=1e-4)
+
+
+def _written(graph, folder):
+    write(graph, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def test_narrow_weights_fill_int8(tmp_path):
+    graph = trace(small_net(LayerGrids(2, 4, "odd", "unsigned")), IMAGES)
+    lay_out(graph, "onnxruntime")
+    tops = [
+        int(np.abs(v.const_value.numpy().astype(int)).max())
+        for v in graph.graph.initializers.values()
+        if v.dtype == ir.DataType.INT8 and v.const_value.size > 64
+    ]
+    assert tops and min(tops) == 126
