@@ -15,7 +15,8 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 SUPPORTED = ["vit_little_patch16_reg4_gap_256", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"]
-REFUSED = ["eva02_tiny_patch14_224", "cait_xxs24_224", "resnet18"]
+REFUSED = ["eva02_tiny_patch14_224", "cait_xxs24_224"]
+CONVOLUTIONAL = "resnet18"
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +30,14 @@ def script() -> ModuleType:
 
 
 def test_six_models(script):
-    rows = {r["model"]: r["results"] for r in script.matrix([*SUPPORTED, *REFUSED])}
-    assert rows.keys() == {*SUPPORTED, *REFUSED}
+    rows = {r["model"]: r["results"] for r in script.matrix([*SUPPORTED, *REFUSED, CONVOLUTIONAL])}
+    assert rows.keys() == {*SUPPORTED, *REFUSED, CONVOLUTIONAL}
     for name in SUPPORTED:
         assert {r["verdict"] for r in rows[name].values()} == {"same"}, rows[name]
     for name in REFUSED:
         assert all(r["verdict"] == "refused" and r["reason"] for r in rows[name].values()), rows[name]
+    verdicts = {m: r["verdict"] for m, r in rows[CONVOLUTIONAL].items()}
+    assert verdicts["ptq_minmax"] == "same" and verdicts["diffrate"] == verdicts["ptq_vit"] == "refused"
     page = script.as_markdown([{"model": n, "family": "x", "results": r} for n, r in rows.items()])
     assert "refused [1]" in page and "**different**" not in page
 

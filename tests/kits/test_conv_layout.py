@@ -127,7 +127,8 @@ def test_a_quantized_network_loads_without_images(tmp_path):
     for phase in stack.phases(Plan([Phase("fit", 0)])):
         model = stack.enter(model, phase)
         if phase.work is not None:
-            phase.work(model, {"calibration": lambda step: {"image": x[: 0 if step.index else 2]}}, Step(phase.name, "work", 0, 1))
+            loaders = {"calibration": lambda step: {"image": x[: 0 if step.index else 2]}}
+            phase.work(model, loaders, Step(phase.name, "work", 0, 1))
         model = stack.leave(model, phase)
     model = stack.finish(model)
     again = load(save(model, tmp_path / "m", stack=stack, source=source))
