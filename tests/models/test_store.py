@@ -10,35 +10,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gossamer.core import registry
 from gossamer.core.errors import ModelError, RunError, StateError
 from gossamer.core.method import Method
 from gossamer.core.stack import Stack
+from gossamer.cost.ledger import cost
 from gossamer.models import store
 from gossamer.models.build import load_model, preprocessing
+from gossamer.ops.grids import LayerGrids
+from gossamer.ops.int8 import int8_layer
 
 TINY = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 4}
 NAME = "vit_tiny_patch16_224"
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-class Packed(nn.Module):
-    """A linear layer with int8 weights."""
-
-    def __init__(self, outs: int, ins: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.zeros(outs, ins, dtype=torch.int8))
-        self.register_buffer("scale", torch.ones(outs))
-
-    def forward(self, x):
-        return x @ (self.weight * self.scale[:, None]).T
-
-
 @dataclass
 class PackHead(Method):
-    """Replaces the head by int8."""
+    """Replaces the head by integer codes."""
 
     bits: int = 8
     teacher: nn.Module | None = None
@@ -46,13 +38,11 @@ class PackHead(Method):
     touches = frozenset({"precision"})
 
     def finish(self, model):
-        return {"outs": model.head.out_features, "ins": model.head.in_features}
+        return {"bits": self.bits}
 
     def apply(self, model, edit):
-        packed, weight = Packed(edit["outs"], edit["ins"]), model.head.weight.detach()
-        packed.scale = weight.abs().amax(1) / 127
-        packed.weight = (weight / packed.scale[:, None]).round().to(torch.int8)
-        model.head = packed
+        step = model.head.weight.detach().abs().max() / (2 ** edit["bits"] - 1)
+        model.head = int8_layer(model.head, LayerGrids(edit["bits"], 8, "odd"), step, 0.02)
         return model
 
 
@@ -79,11 +69,39 @@ def test_edits_are_replayed_and_accumulate(tmp_path: Path, packing):
     model = packing.finish(load_model(NAME, **TINY))
     store.save(model, tmp_path / "m", stack=packing)
     edits = json.loads((tmp_path / "m" / "model.json").read_text())["source"]["edits"]
-    assert edits == [["pack_head", {"bits": 8}, {"outs": 4, "ins": 32}]]
+    assert edits == [["pack_head", {"bits": 8}, {"bits": 8}]]
     again = store.load(tmp_path / "m")
     assert again.head.weight.dtype == torch.int8 and torch.equal(again(IMAGES), model(IMAGES))
     store.save(again, tmp_path / "n")
     assert torch.equal(store.load(tmp_path / "n")(IMAGES), model(IMAGES))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_narrow_weights_take_their_width_on_disk(tmp_path: Path, packing, bits):
+    stack = Stack([PackHead(bits=bits)])
+    model = stack.finish(load_model(NAME, **TINY))
+    folder = store.save(model, tmp_path / "m", stack=stack)
+    held = load_file(folder / "model.safetensors")
+    assert held["head.weight"].numel() == -(-4 * 32 * bits // 8)
+    stored = sum(t.numel() * t.element_size() for t in held.values())
+    assert cost(model, (3, 32, 32), saved=False).weight_bytes == stored
+    description = json.loads((folder / "model.json").read_text())
+    assert (description["version"], description["packed"]) == ((2, ["head.weight"]) if bits < 8 else (1, []))
+    again = store.load(folder)
+    assert torch.equal(again.head.weight, model.head.weight) and torch.equal(again(IMAGES), model(IMAGES))
+
+
+def test_a_packed_tensor_that_does_not_fit_is_named(tmp_path: Path, packing):
+    stack = Stack([PackHead(bits=4)])
+    folder = store.save(stack.finish(load_model(NAME, **TINY)), tmp_path / "m", stack=stack)
+    held = load_file(folder / "model.safetensors")
+    save_file({**held, "head.weight": held["head.weight"][:-1]}, folder / "model.safetensors")
+    with pytest.raises(StateError, match=r"'head.weight': unpacking: .*\[63\] for 128 codes of 4 bits; expected"):
+        store.load(folder)
+    file = folder / "model.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "packed": ["norm.weight"]}))
+    with pytest.raises(StateError, match="no layer for the packed 'norm.weight'"):
+        store.load(folder)
 
 
 def test_shared_tensors_stay_equal(tmp_path: Path):
@@ -110,7 +128,7 @@ def test_newer_damaged_and_foreign_folders_are_refused(tmp_path: Path):
     file = folder / "model.json"
     good = json.loads(file.read_text())
     for change, message in (
-        ({"version": 2}, "format version 2 .*reads up to 1. Upgrade"),
+        ({"version": 3}, "format version 3 .*reads up to 2. Upgrade"),
         ({"format": "other"}, "not a gossamer model"),
         ({"source": {}}, "damaged"),
         ({"source": {**good["source"], "num_classes": 9}}, "tensors do not fit"),

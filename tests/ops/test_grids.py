@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from gossamer.core.errors import ModelError
-from gossamer.ops.grids import INPUT_GRIDS, WEIGHT_GRIDS, InputGrid, LayerGrids, weight_codes, weight_values
+from gossamer.ops.grids import (
+    INPUT_GRIDS,
+    WEIGHT_GRIDS,
+    InputGrid,
+    LayerGrids,
+    pack_codes,
+    unpack_codes,
+    weight_codes,
+    weight_values,
+)
 from gossamer.ops.int8 import Int8Conv2d, Int8Linear, int8_layer
 
 LAYERS = {
@@ -85,6 +94,22 @@ def test_odd_codes_have_all_levels_and_no_zero(bits):
     values = weight_values(codes, torch.tensor([2 / n if grids.halved else 1 / n]), grids).unique()
     torch.testing.assert_close(values, torch.arange(-n, n + 1, 2) / n)
     torch.testing.assert_close(values, -values.flip(0))
+
+
+@pytest.mark.parametrize(("kind", "bits"), [(k, b) for k, widths in WEIGHT_GRIDS.items() for b in widths])
+def test_codes_pack_to_their_width_and_back(kind, bits):
+    grids = LayerGrids(bits, 8, kind)
+    codes = weight_codes(torch.randn(3, 7), torch.tensor([1 / 2**bits]), grids)
+    packed = pack_codes(codes, grids)
+    assert packed.dtype == torch.uint8 and packed.numel() == -(-21 * bits // 8)
+    assert torch.equal(unpack_codes(packed, (3, 7), grids), codes)
+
+
+def test_the_order_of_packed_bits_is_fixed():
+    codes = torch.tensor([-3, -1, 1, 3, 3], dtype=torch.int8)  # 0 1 2 3 3 from the lowest level
+    assert pack_codes(codes, LayerGrids(2, 8, "odd")).tolist() == [0b11_10_01_00, 0b11]
+    with pytest.raises(ModelError, match=r"codes 0..0 are not all on the odd grid of 2 bits"):
+        pack_codes(torch.zeros(2, dtype=torch.int8), LayerGrids(2, 8, "odd"))
 
 
 def test_float_input_is_left_alone():

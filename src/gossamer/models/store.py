@@ -1,7 +1,8 @@
 """Saved models: ``model.json`` (how to build it: timm name and edits) and ``model.safetensors``.
 
 A saved model is rebuilt without any training code: the architecture comes from timm, each lasting
-edit is applied by the method that made it, then the tensors are read.
+edit is applied by the method that made it, then the tensors are read. Weights of deployed layers below
+8 bits are packed: they take their true width on disk.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,16 @@ from gossamer.core.errors import ModelError, RunError, StateError
 from gossamer.core.stack import Stack
 from gossamer.models.source import ModelSource, attach, create, source_of
 from gossamer.models.weights import read_weights
+from gossamer.ops.grids import LayerGrids, pack_codes, unpack_codes
+from gossamer.ops.int8 import Int8Conv2d, Int8Linear
 
 __all__ = ["FORMAT", "VERSION", "is_saved", "load", "require_disk", "save"]
 
 FORMAT = "gossamer-model"
-VERSION = 1
+VERSION = 2
+"""Newest format read. 2 has packed weights; a model without any is written as 1, which older releases read."""
 DESCRIPTION, TENSORS = "model.json", "model.safetensors"
+_WHOLE = 8
 
 
 def is_saved(path: str | Path) -> bool:
@@ -68,6 +74,24 @@ def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     return kept, aliases
 
 
+def _narrow_layers(model: nn.Module) -> dict[str, LayerGrids]:
+    """Return the grids of the tensors to pack, by key of the state dict."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, Int8Linear | Int8Conv2d)}
+    return {f"{n}.weight" if n else "weight": m.grids for n, m in layers.items() if m.grids.weight_bits < _WHOLE}
+
+
+def _unpack(model: nn.Module, state: dict[str, Tensor], packed: Iterable[str], where: str) -> None:
+    """Replace the packed tensors of ``state`` by the codes they hold."""
+    own, grids = model.state_dict(), _narrow_layers(model)
+    for name in packed:
+        if name not in grids or name not in state:
+            raise StateError(f"{where}: no layer for the packed {name!r}; the folder is damaged")
+        try:
+            state[name] = unpack_codes(state[name], own[name].shape, grids[name])
+        except ModelError as err:
+            raise StateError(f"{where}: {name!r}: {err}; the folder is damaged") from err
+
+
 def _storable(method: Any) -> dict[str, Any]:
     """Return a method's options without those that JSON cannot hold (teachers and other modules)."""
     options = registry.options_of(method)
@@ -102,15 +126,18 @@ def save(
         ]
     source = dataclasses.replace(source, edits=[*source.edits, *edits])
     tensors, aliases = _distinct(dict(model.state_dict()))
+    narrow = {name: grids for name, grids in _narrow_layers(model).items() if name in tensors}
+    tensors |= {name: pack_codes(tensors[name], grids) for name, grids in narrow.items()}
     folder = Path(path)
     require_disk(folder, sum(t.numel() * t.element_size() for t in tensors.values()) + 2**20)
     folder.mkdir(parents=True, exist_ok=True)
     description = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if narrow else 1,
         "gossamer": metadata.version("gossamer"),
         "source": source.to_json(),
         "shared": aliases,
+        "packed": sorted(narrow),
     }
     (folder / DESCRIPTION).unlink(missing_ok=True)  # a folder without it is no model, whatever happens next
     part = folder / f".{TENSORS}.part"
@@ -181,6 +208,7 @@ def load(path: str | Path) -> nn.Module:
         state = read_weights(folder / TENSORS)
     except ModelError as err:
         raise StateError(f"saved model {str(folder)!r}: {err}") from err
+    _unpack(model, state, data.get("packed") or (), repr(str(folder)))
     for alias, kept in (data.get("shared") or {}).items():
         if kept in state:
             state[alias] = state[kept]

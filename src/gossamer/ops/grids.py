@@ -6,9 +6,12 @@ that an exported graph computes what these operators compute.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,8 +26,10 @@ __all__ = [
     "LayerGrids",
     "WeightKind",
     "dequantize",
+    "pack_codes",
     "positive",
     "quantize",
+    "unpack_codes",
     "weight_codes",
     "weight_values",
 ]
@@ -202,6 +207,50 @@ def weight_values(codes: Tensor, scale: Tensor, grids: LayerGrids) -> Tensor:
     """Return the float weights that stored codes [out, ...] stand for; ``scale`` [1] or [out] is theirs."""
     values = codes.to(scale.dtype)
     return (values + 0.5 if grids.halved else values) * _along(scale, codes, 0)
+
+
+def _lowest(grids: LayerGrids) -> tuple[int, int]:
+    """Return the smallest stored code of weights and the distance of two codes."""
+    half = 2 ** (grids.weight_bits - 1)
+    return (1 - 2 * half, 2) if grids.weight_grid == "odd" and not grids.halved else (-half, 1)
+
+
+def pack_codes(codes: Tensor, grids: LayerGrids) -> Tensor:
+    """Return weight codes as a stream of ``weight_bits`` bits each, uint8 [ceil(numel * bits / 8)].
+
+    Codes follow in the order of the tensor, lowest bit first; the last byte is filled with zeros.
+
+    Raises:
+        ModelError: A code that the grid does not have.
+    """
+    low, stride = _lowest(grids)
+    index = codes.detach().cpu().reshape(-1).to(torch.int16).sub_(low)
+    if bool(((index < 0) | (index % stride != 0) | (index // stride >= 2**grids.weight_bits)).any()):
+        raise ModelError(
+            f"packing: codes {int(codes.min())}..{int(codes.max())} are not all on the {grids.weight_grid} grid of "
+            f"{grids.weight_bits} bits"
+        )
+    index = (index // stride).to(torch.uint8)
+    bits = (index[:, None] >> torch.arange(grids.weight_bits, dtype=torch.uint8)) & 1
+    return torch.from_numpy(np.packbits(bits.numpy().reshape(-1), bitorder="little"))
+
+
+def unpack_codes(packed: Tensor, shape: Sequence[int], grids: LayerGrids) -> Tensor:
+    """Undo ``pack_codes``; returns int8 codes of ``shape``.
+
+    Raises:
+        ModelError: A stream of another length.
+    """
+    low, stride = _lowest(grids)
+    count, width = math.prod(shape), grids.weight_bits
+    if packed.dtype != torch.uint8 or list(packed.shape) != [-(-count * width // 8)]:
+        raise ModelError(
+            f"unpacking: {packed.dtype} {list(packed.shape)} for {count} codes of {width} bits; expected torch.uint8 "
+            f"[{-(-count * width // 8)}]"
+        )
+    bits = np.unpackbits(packed.numpy(), count=count * width, bitorder="little").reshape(count, width)
+    index = torch.from_numpy(bits).to(torch.int16) @ (2 ** torch.arange(width, dtype=torch.int16))
+    return (index * stride + low).to(torch.int8).reshape(tuple(shape))
 
 
 class InputGrid(nn.Module):
