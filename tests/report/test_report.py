@@ -22,6 +22,7 @@ def test_page_holds_every_section_and_nothing_remote(fake_run, tmp_path):
         assert f'id="{part}"' in html
     assert "Truly saved." in html and "physically gone" in html
     assert "Not faster than bf16" in html
+    assert "torch 1.30×" in html and "predict 1.67×" in html
     assert not re.findall(r"""(?:src|href)=["'](?:https?:)?//""", html)
     assert "url(" not in html and "@import" not in html
 

@@ -6,7 +6,7 @@
 | --- | --- |
 | ``title`` | name of the run |
 | ``summary`` | facts, ``{label: text or number}`` |
-| ``table`` | rows ``{stage, runtime, precision, macs, params, file_bytes, top1, top1_interval: [low, high], agreement, note, chosen, paired: {p_value}, latency: {batch: {median_ms, iqr_ms, ratio_fp32, ratio_best_dense, best_dense, trusted, reason}}}``; shares in [0, 1] or percent |
+| ``table`` | rows ``{stage, runtime, precision, macs, params, file_bytes, top1, top1_interval: [low, high], agreement, note, chosen, paired: {p_value}, latency: {batch: {median_ms, iqr_ms, ratio_torch, ratio_fp32, ratio_best_dense, best_dense, trusted, reason}}}``; shares in [0, 1] or percent |
 | ``tokens`` | ``{in, after_prune, after_merge}``: counts per block; or ``{blocks, kept, pruned, merged, dense, schedule}`` |
 | ``photos`` | ``{name, label, dense, finished, image, blocks: [grid or {block, grid}]}``; a grid holds one group id per patch, -1 where it was pruned |
 | ``quantization`` | rows ``{layer, bits_w, bits_a, error, gamma}``; default: the methods' tables whose rows have ``layer`` and ``bits`` |
