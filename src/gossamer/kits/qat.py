@@ -7,7 +7,7 @@ Everything is driven by plain JSON, so that edits can be replayed: ``find_layers
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gossamer.core.errors import ModelError, RecipeError
 from gossamer.cost.ledger import cost, default_example
+from gossamer.kits.dataflow import Dataflow
+from gossamer.kits.folding import fold_norms
+from gossamer.kits.quant_layout import classifiers, unfit_padding
 from gossamer.kits.sharpness import norms_frozen
 from gossamer.models.contracts import replace_module
 from gossamer.ops.grids import LayerGrids
@@ -33,6 +36,7 @@ __all__ = [
     "find_layers",
     "finish_layers",
     "first_batch",
+    "foldable_norms",
     "init_clips",
     "layer_rows",
     "qat_layers",
@@ -44,7 +48,7 @@ __all__ = [
 Widths = tuple[int, int]
 """Width of a layer's weights and of its input."""
 CLIP_STARTS = ("paper", "mse")
-"""``paper``: clips 1, and 0.8 x the largest magnitude where weights are not normalised. ``mse``: least squared error."""
+"""``paper``: clips 1, or 0.8 x the largest magnitude where weights are not normalised; ``mse``: least squared error."""
 SHORTCUTS = ("downsample", "shortcut")
 """Path components of layers on a shortcut: they take the widths of the last layer of their block."""
 DEPLOYED_BITS = 8
@@ -131,12 +135,6 @@ class QatLayout:
 
 
 # -- looking at a model --------------------------------------------------------------------------
-def _unfit(module: nn.Module) -> str | None:
-    if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
-        return f"padding {module.padding!r} in mode {module.padding_mode!r}"
-    return None
-
-
 @dataclass
 class _Seen:
     """What one forward pass showed: order of layers, lowest inputs, what ran before each norm."""
@@ -180,15 +178,6 @@ def _look(model: nn.Module, layers: Sequence[str], example: Tensor) -> _Seen:
     return seen
 
 
-def _heads(model: nn.Module, order: Sequence[str]) -> set[str]:
-    """Return the classifiers: timm's ``get_classifier``, else the layer that ran last."""
-    get = getattr(model, "get_classifier", None)
-    found = get() if callable(get) else None
-    owned = {id(m) for m in (found if isinstance(found, tuple | list) else (found,))}
-    names = {n for n, m in model.named_modules() if id(m) in owned and n in order}
-    return names or {order[-1]}
-
-
 def _followed(name: str, names: Sequence[str]) -> str | None:
     """Return the last layer beside the shortcut that ``name`` lies on, if it lies on one."""
     parts = name.split(".")
@@ -224,7 +213,7 @@ def find_layers(
                 f"layer {name!r} is {type(module).__name__}: the model is quantized already; pass the float one"
             )
     known = {n: m for n, m in model.named_modules() if type(m) in (nn.Conv2d, nn.Linear)}
-    skipped = {n: why for n, m in known.items() if (why := _unfit(m)) is not None}
+    skipped = {n: why for n, m in known.items() if isinstance(m, nn.Conv2d) and (why := unfit_padding(m)) is not None}
     names = [n for n in known if n not in skipped]
     example = default_example(model)
     noise = torch.randn(2, *example.shape[1:], generator=torch.Generator().manual_seed(0)).to(example)
@@ -237,7 +226,7 @@ def find_layers(
             f"{type(model).__name__}: {len(names)} convolutions and linear layers met; expected at least a first, a "
             f"last and one between"
         )
-    heads = _heads(model, seen.order)
+    heads = classifiers(model) & set(names) or {seen.order[-1]}
     norms = normalise if normalise is not None else any(isinstance(m, _BatchNorm) for m in model.modules())
     macs = {row.name: row.macs for row in counted.per_layer}
     layers = []
@@ -427,32 +416,52 @@ def final_forms(model: nn.Module) -> dict[str, str]:
     return forms
 
 
+def foldable_norms(model: nn.Module, forms: Mapping[str, str]) -> list[list[str]]:
+    """Return ``[layer, batch norm]`` paths where a norm alone reads an integer layer's output.
+
+    Empty for a model whose dataflow cannot be traced: its norms stay.
+    """
+    try:
+        pairs = Dataflow(model).norms
+    except ModelError:
+        return []
+    return [pair for pair in pairs if forms.get(pair[0]) == "int8"]
+
+
 @torch.no_grad()
-def _deployed(layer: LIQConv2d | LIQLinear) -> nn.Module:
+def _deployed(layer: LIQConv2d | LIQLinear, folds: bool) -> nn.Module:
     w, a = layer.widths
     floating = layer.inputs == "float"
-    grids = LayerGrids(w, FLOAT_BITS if floating else a, "odd", layer.inputs)  # type: ignore[arg-type]
+    rows = len(layer.weight) if folds else 1
+    grids = LayerGrids(w, FLOAT_BITS if floating else a, "odd", layer.inputs, rows)  # type: ignore[arg-type]
     weight_step = layer.active_clip("weight") / (2**w - 1)
     top = 2**a - 1 if layer.inputs == "unsigned" else 2 ** (a - 1) - 1
     input_step = None if floating else layer.active_clip("input") / top
-    return int8_layer(layer, grids, weight_step, input_step, weight=layer.quantized_weight())
+    bias = True if folds else None
+    return int8_layer(layer, grids, weight_step, input_step, weight=layer.quantized_weight(), bias=bias)
 
 
-def finish_layers(model: nn.Module, forms: Mapping[str, str]) -> nn.Module:
-    """Give every trainable layer its deployed form (``final_forms``).
+def finish_layers(model: nn.Module, forms: Mapping[str, str], norms: Sequence[Sequence[str]] = ()) -> nn.Module:
+    """Give every trainable layer its deployed form, and fold batch norms into the integer ones.
+
+    Args:
+        model: The trained model.
+        forms: Form by path (``final_forms``).
+        norms: Norms to fold (``foldable_norms``).
 
     Raises:
         ModelError: A path holds no trainable layer.
     """
+    folded = {pair[0] for pair in norms}
     for name, form in forms.items():
         layer = model.get_submodule(name)
         if not isinstance(layer, LIQConv2d | LIQLinear):
             raise ModelError(f"layer {name!r} is {type(layer).__name__}; expected a trainable quantized layer")
         if form == "int8":
-            replace_module(model, name, _deployed(layer))
+            replace_module(model, name, _deployed(layer, name in folded))
         elif form == "float":
             replace_module(model, name, _plain(layer))
-    return model
+    return fold_norms(model, norms)
 
 
 def layer_rows(layout: QatLayout, widths: Mapping[str, Widths], forms: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -470,9 +479,12 @@ def layer_rows(layout: QatLayout, widths: Mapping[str, Widths], forms: Mapping[s
 
 
 def first_batch(loaders: Mapping[str, Any], step: Any) -> Tensor:
-    """Return the images of the calibration loader's first batch, or of the training loader's."""
+    """Return the images of the calibration loader's first batch, or of the training loader's.
+
+    The same images whatever the phase is called: methods on this kit start alike.
+    """
     loader = loaders.get("calibration") or loaders.get("train")
     if loader is None:
         names: Iterable[str] = sorted(loaders)
         raise ModelError(f"clips start from a batch of images: no loader 'calibration' or 'train' among {names}")
-    return loader(step)["image"]
+    return loader(replace(step, phase="clips"))["image"]
