@@ -23,6 +23,7 @@ from gossamer.kits.qat import (
     find_layers,
     finish_layers,
     first_batch,
+    foldable_norms,
     init_clips,
     layer_rows,
     qat_layers,
@@ -94,12 +95,13 @@ class QAT(Method):
         """Decide each layer's deployed form."""
         if not qat_layers(model):
             raise StateError(f"qat: no layer is quantized; run the phase {CLIPS!r} before finish")
-        return {"do": "finish", "forms": final_forms(model)}
+        forms = final_forms(model)
+        return {"do": "finish", "forms": forms, "norms": foldable_norms(model, forms)}
 
     def apply(self, model: nn.Module, edit: Edit) -> nn.Module:
         """Put trainable layers in place, or give them their deployed form."""
         if edit["do"] == "finish":
-            return finish_layers(model, edit["forms"])
+            return finish_layers(model, edit["forms"], edit["norms"])
         self._layout = QatLayout.from_json(edit["layout"])
         widths = self._layout.widths(self.bits, self.first_last_bits)
         return wrap_layers(model, self._layout, {n: [w] for n, w in widths.items()})
