@@ -1,0 +1,138 @@
+"""The bit-width configuration generator: draws, what they cost, and the choice among them (arXiv 2111.12273)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gossamer.core.errors import RecipeError
+from gossamer.cost.budget import Budget
+from gossamer.kits.controller import Policy
+from gossamer.kits.qat import QatLayout, Widths
+from gossamer.ops.liq import check_width
+
+__all__ = ["UNITS", "SearchSpace", "draw_in_band", "parse_target"]
+
+UNITS = ("relative", "mbops", "gbops")
+RESNET20_MBOPS = 674.643968
+"""``relative`` counts every target as this many million BOPs (ResNet-20 at 4 bits), so that the published weight of
+the cost is as stiff on every model as it is there."""
+DRAWS = 400
+_UNIFORM = re.compile(r"^\s*([0-9]+)\s*bits?\s*$")
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What the generator chooses from.
+
+    Attributes:
+        layout: The layers; those that are decided get one choice each (two, if ``share`` is off).
+        choices: Candidate widths.
+        share: Weights and input of a layer have the same width.
+        first_last: Width of the first and last layers.
+    """
+
+    layout: QatLayout
+    choices: tuple[int, ...]
+    share: bool = True
+    first_last: int = 8
+
+    @property
+    def decisions(self) -> int:
+        """Choices to make for one configuration."""
+        return len(self.layout.decided) * (1 if self.share else 2)
+
+    def pairs(self) -> list[Widths]:
+        """Return the widths (weights, input) that one layer can take."""
+        same = [(b, b) for b in self.choices]
+        return same if self.share else [(w, a) for w in self.choices for a in self.choices]
+
+    def layer_choices(self) -> dict[str, list[Widths]]:
+        """Return the widths that every layer can be switched to."""
+        fixed = self.layout.widths(self.choices[0], self.first_last)
+        free = {k.name for k in self.layout.layers if k.role in ("body", "shortcut")}
+        return {name: self.pairs() if name in free else [widths] for name, widths in fixed.items()}
+
+    def body(self, row: Sequence[int]) -> list[Widths]:
+        """Return the widths of the decided layers for a row of choice indices."""
+        bits = [self.choices[k] for k in row]
+        return [(b, b) for b in bits] if self.share else list(zip(bits[::2], bits[1::2], strict=True))
+
+    def widths(self, row: Sequence[int]) -> dict[str, Widths]:
+        """Return the widths of all layers for a row of choice indices."""
+        return self.layout.widths(self.body(row), self.first_last)
+
+    def bops(self, row: Sequence[int]) -> int:
+        """Return the bit operations of a row."""
+        return self.layout.bops(self.widths(row))
+
+    def uniform_bops(self, bits: int) -> int:
+        """Return the bit operations with all decided layers at ``bits``."""
+        return self.layout.bops(self.layout.widths(bits, self.first_last))
+
+
+def parse_target(space: SearchSpace, text: str | float) -> float:
+    """Return the target in bit operations.
+
+    Args:
+        space: What can be chosen.
+        text: ``"4bit"`` (what 4 bits everywhere cost), a share of the float model, or an amount (``"674M"``).
+
+    Raises:
+        RecipeError: Unreadable, or out of the choices' reach (with the reachable range).
+    """
+    uniform = _UNIFORM.match(str(text))
+    if uniform is not None:
+        target = float(space.uniform_bops(check_width(int(uniform[1]), "saq: target_bops")))
+    else:
+        target = Budget.parse("bops", text).resolve(space.uniform_bops(32))
+    low, high = space.uniform_bops(min(space.choices)), space.uniform_bops(max(space.choices))
+    if not low <= target <= high:
+        raise RecipeError(
+            f"saq: target_bops={text} is {target / 1e6:.6g} M; widths {list(space.choices)} reach "
+            f"{low / 1e6:.6g} M to {high / 1e6:.6g} M"
+        )
+    return target
+
+
+def cost_term(bops: float, target: float, weight: float, unit: str) -> float:
+    """Return ``weight x (BOPs - target)^2`` in the unit's squares."""
+    scale = {"mbops": 1e6, "gbops": 1e9, "relative": target / RESNET20_MBOPS}[unit]
+    return weight * ((bops - target) / scale) ** 2
+
+
+def draw_in_band(
+    policy: Policy, space: SearchSpace, target: float, band: float, generator: torch.Generator
+) -> tuple[list[int], bool]:
+    """Return a row whose BOPs lie in ``[target (1 - band), target]`` and whether the policy drew it as it is.
+
+    Where ``DRAWS`` draws miss the band (the release draws on for ever), the nearest of them is moved into it:
+    one decision after another, whichever change comes closest.
+
+    Raises:
+        RecipeError: No change of the nearest draw leads into the band.
+    """
+    low = target * (1 - band)
+
+    def miss(row: Sequence[int]) -> float:
+        bops = space.bops(row)
+        return max(low - bops, bops - target, 0.0)
+
+    best: list[int] = []
+    with torch.no_grad():
+        for _ in range(DRAWS):
+            row = policy(generator).choices
+            if miss(row) == 0:
+                return row, True
+            best = row if not best or miss(row) < miss(best) else best
+    for _ in range(4 * space.decisions):
+        near = [[*best[:i], k, *best[i + 1 :]] for i in range(len(best)) for k in range(len(space.choices))]
+        best = min(near, key=miss)
+        if miss(best) == 0:
+            return best, False
+    raise RecipeError(
+        f"saq: no configuration found between {low / 1e6:.6g} M and {target / 1e6:.6g} M BOPs; raise band={band:g}"
+    )
