@@ -140,9 +140,8 @@ def _is_plain(model: nn.Module) -> bool:
 
 
 def export_once(
-    model: nn.Module, path: str | Path, *, format: str, batch: int | str, example: Tensor | None = None,
-    opset: int | None = None,
-) -> Artefact:  # fmt: skip
+    model: nn.Module, path: str | Path, *, format: str, batch: int | str, example: Tensor | None = None
+) -> Artefact:
     """Return the export in ``path`` if it is complete and of this kind, else make it.
 
     The folder must belong to this model alone: its weights are not compared.
@@ -150,6 +149,6 @@ def export_once(
     folder = Path(path)
     if (folder / DESCRIPTION).is_file():
         found = read_artefact(folder)
-        if (found.format, found.batch, found.opset) == (format, batch, opset or DEFAULT_OPSET):
+        if (found.format, found.batch) == (format, batch):
             return found
-    return export(model, folder, format=format, batch=batch, example=example, opset=opset or DEFAULT_OPSET)
+    return export(model, folder, format=format, batch=batch, example=example)

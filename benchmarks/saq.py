@@ -1,0 +1,148 @@
+"""SAQ against plain quantization-aware training on CIFAR-10 images, and searched against uniform widths.
+
+``python benchmarks/saq.py OUT`` trains a float PreAct ResNet-8 once, then every item of ``ITEMS`` for three seeds, one
+run folder each; what is done is not done again, an interrupted run goes on. One thread. The table is printed and
+written to ``OUT/saq.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gossamer.data.loading import batches
+from gossamer.data.sources import open_data
+from gossamer.data.transforms import eval_transform
+from gossamer.engine.loop import Loop
+from gossamer.engine.options import RunOptions
+from gossamer.kits.qat import qat_layers
+from gossamer.kits.sharpness import Ascent, measure_sharpness
+from gossamer.models.store import save
+from gossamer.pipeline.setup import set_up
+from gossamer.recipe import Recipe
+from gossamer.tasks.classification import Classification, logits_of, predictor
+
+DATA = "npz:../shared/data/"
+TRAIN, HELD = f"{DATA}cifar10_train_50000_q95.npz[0:10000]", f"{DATA}cifar10_train_50000_q95.npz[20000:21000]"
+TEST = f"{DATA}cifar10_test_8000.npz"
+AUGMENT = {"scale": [0.6, 1.0], "ratio": [0.9, 1.1], "color_jitter": None}
+SEEDS = (0, 1, 2)
+STEPS, BATCH, BITS = 250, 64, 3
+RADIUS = 0.1
+"""Radius at which every model's sharpness is measured, whatever it was trained with."""
+COMMON = {"clip_start": "mse", "clip_decay": 1e-4}
+
+
+def saq(**options: Any) -> dict[str, Any]:
+    """Return the entry of a recipe."""
+    return {"saq": {"bits": BITS, "norm_updates": "first", **COMMON, **options}}
+
+
+SEARCH = {
+    "search": True, "target_bops": f"{BITS}bit", "search_steps": 120, "warmup": 0.25, "policy_lr": 0.01,
+    "baseline": 0.9, "candidates": 10, "derive_batches": 8, "band": 0.03,
+}  # fmt: skip
+ITEMS: dict[str, tuple[dict[str, Any], int]] = {
+    "qat": ({"qat": {"bits": BITS, **COMMON}}, STEPS),
+    "qat, twice as long": ({"qat": {"bits": BITS, **COMMON}}, 2 * STEPS),
+    "saq": (saq(rho=0.1), STEPS),
+    "saq, searched": (saq(rho=0.1, **SEARCH), STEPS),
+}
+"""Method and steps of its training; sharpness-aware steps cost two."""
+
+
+def recipe(model: Any, methods: list[dict[str, Any]], steps: int, seed: int, lr: float) -> Recipe:
+    """Return the recipe of one run."""
+    searching = any(options.get("search") for m in methods for options in m.values())
+    return Recipe(
+        model=model,
+        data={"train": TRAIN, "augment": AUGMENT, "search_share": 0.2 if searching else 0.0},
+        methods=methods,
+        train={
+            "steps": steps, "batch_size": BATCH, "optimizer": "sgd", "lr": lr, "weight_decay": 1e-4,
+            "checkpoint_every": 100,
+        },
+        seed=seed,
+    )  # fmt: skip
+
+
+def trained(run: Recipe, folder: Path) -> tuple[torch.nn.Module, torch.nn.Module, Any]:
+    """Return the model before and after ``finish``, and the set-up."""
+    ready = set_up(run)
+    options = RunOptions(resume=True, identity=run.identity(), mark_finished=False)
+    loop = Loop(
+        ready.stack, ready.task, ready.loaders, ready.plan,
+        settings=run.train, run_dir=folder, seed=run.seed, options=options,
+    )  # fmt: skip
+    model = loop.train(ready.model)
+    before = measure(model, ready) if qat_layers(model) else {}
+    return model, loop.finish(model), (ready, before)
+
+
+def task_loss(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Return the cross-entropy."""
+    return Classification().cross_entropy(logits_of(model(batch["image"])), batch["target"])
+
+
+def measure(model: torch.nn.Module, ready: Any) -> dict[str, float]:
+    """Return held-out loss and sharpness of a trainable model (the paper's measure, at one radius for all)."""
+    data = list(batches(open_data(HELD), eval_transform(ready.preprocessing), 100))
+    found = measure_sharpness(model, data, task_loss, Ascent(rho=RADIUS))
+    return {"loss": found.loss, "sharpness": found.rise}
+
+
+def accuracy(model: torch.nn.Module, ready: Any) -> float:
+    """Return the top-1 accuracy in percent on the test images."""
+    images = batches(open_data(TEST), eval_transform(ready.preprocessing), 200)
+    return 100 * Classification().evaluate(predictor(model), images).top1
+
+
+def float_model(out: Path) -> Path:
+    """Train the float model once; returns its folder."""
+    folder = out / "float-model"
+    if not (folder / "model.json").is_file():
+        dense = {"name": "preact_resnet8", "num_classes": 10, "options": {"width": 8}}
+        model, _, (ready, _) = trained(recipe(dense, [], 1000, 0, 0.1), out / "float")
+        (out / "float.json").write_text(json.dumps({"top1": accuracy(model.eval(), ready)}))
+        save(model, folder)
+    return folder
+
+
+def item(out: Path, name: str, seed: int, dense: Path) -> dict[str, Any]:
+    """Run one item for one seed, or read what an earlier call found."""
+    folder = out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+    done = folder / "result.json"
+    if not done.is_file():
+        method, steps = ITEMS[name]
+        _, finished, (ready, before) = trained(recipe(str(dense), [method], steps, seed, 0.02), folder)
+        facts = next(iter(ready.stack.describe(finished).values()))["facts"]
+        found = {**before, "top1": accuracy(finished, ready), "bops": facts["BOPs per image"]}
+        done.write_text(json.dumps(found))
+    return json.loads(done.read_text())
+
+
+def main(out: Path) -> None:
+    """Run everything and print the table."""
+    torch.set_num_threads(1)
+    out.mkdir(parents=True, exist_ok=True)
+    dense = float_model(out)
+    table: dict[str, list[dict[str, Any]]] = {name: [] for name in ITEMS}
+    for seed in SEEDS:
+        for name in ITEMS:
+            table[name].append(item(out, name, seed, dense))
+            print(seed, name, table[name][-1], flush=True)
+    print(json.loads((out / "float.json").read_text()))
+    for name, rows in table.items():
+        shown = {k: [r[k] for r in rows] for k in rows[0]}
+        spread = {k: (round(statistics.mean(v), 4), round(statistics.stdev(v), 4)) for k, v in shown.items()}
+        print(f"{name:22}", spread)
+    (out / "saq.json").write_text(json.dumps(table, indent=1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
