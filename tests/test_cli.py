@@ -35,7 +35,7 @@ ROW = {
     "stage": "dense", "runtime": "openvino", "precision": "f32", "macs": 1.258e9, "params": 5_717_416,
     "note": "why [so]",
     "file_bytes": 22_900_000, "top1": 0.877, "top1_interval": [0.84, 0.91], "agreement": 1.0,
-    "latency": {"1": {"median_ms": 9.2, "ratio_fp32": 1.0, "ratio_best_dense": 0.42}},
+    "latency": {"1": {"median_ms": 9.2, "ratio_torch": 1.37, "ratio_fp32": 1.0, "ratio_best_dense": 0.42}},
 }  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def test_every_command_prints_tables_and_json(call, seen, words):
 
 def test_the_table_of_a_run_shows_figures_and_notes(call, seen):
     text = call("run", "r.yaml").stdout
-    for part in ("1.26 G", "22.9 MB", "9.20", "0.42", "why [so]", "runs/x/report.html"):
+    for part in ("1.26 G", "22.9 MB", "9.20", "1.37", "0.42", "why [so]", "runs/x/report.html"):
         assert part in text
 
 

@@ -185,7 +185,8 @@ def _timings(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for row in table:
         new = dict(row)
         for batch, timed in (row.get("latency") or {}).items():
-            new |= {f"{batch}_{k}": timed.get(k) for k in ("median_ms", "ratio_fp32", "ratio_best_dense")}
+            names = ("median_ms", "ratio_torch", "ratio_fp32", "ratio_best_dense")
+            new |= {f"{batch}_{k}": timed.get(k) for k in names}
         low, high = row.get("top1_interval") or (None, None)
         new["interval"] = f"{100 * low:.1f}-{100 * high:.1f}" if low is not None and high is not None else ""
         flat.append(new)
@@ -201,7 +202,8 @@ def _result(result: Any, as_json: bool) -> None:
     columns = {"stage": "Stage", "runtime": "Runtime", "precision": "Precision", "macs": "MACs", "params": "Params",
                "file_bytes": "File", "top1": "Top-1", "interval": "95 %", "agreement": "Agreement"}  # fmt: skip
     for b in batches:
-        columns |= {f"{b}_median_ms": f"b{b} latency", f"{b}_ratio_fp32": "/ fp32", f"{b}_ratio_best_dense": "/ best"}
+        columns |= {f"{b}_median_ms": f"b{b} latency", f"{b}_ratio_torch": "/ torch", f"{b}_ratio_fp32": "/ fp32",
+                    f"{b}_ratio_best_dense": "/ best"}  # fmt: skip
     _grid(_timings(result.table), columns)
     for row in result.table:
         if row.get("note"):

@@ -187,14 +187,31 @@ class TargetSettings(_Part):
 
 
 class ExportSettings(_Part):
-    """Artefacts to write and runtimes to measure them in."""
+    """Artefacts to write and runtimes to measure them in.
+
+    Every stage is measured in ``runtimes`` at every number of ``batch``; the finished model is also
+    written in every one of ``formats``, with ``"dynamic"`` in ``batch`` for any number of images.
+    """
 
     formats: list[Literal["openvino", "onnx"]] = ["openvino", "onnx"]
     batch: list[int | Literal["dynamic"]] = [1, 8]
     opset: int | None = Field(default=None, ge=13)
-    runtimes: list[Literal["openvino", "onnxruntime", "torch"]] = ["openvino", "onnxruntime"]
+    runtimes: list[Literal["openvino", "onnxruntime"]] = Field(default=["openvino", "onnxruntime"], min_length=1)
     threads: int = Field(default=2, ge=1)
     rounds: int = Field(default=7, ge=2)
+
+    @field_validator("batch")
+    @classmethod
+    def _measurable(cls, value: list[int | str]) -> list[int | str]:
+        sizes = [b for b in value if isinstance(b, int)]
+        if not sizes or min(sizes) < 1:
+            raise ValueError("expected at least one batch size above 0; 'dynamic' may stand beside it")
+        return value
+
+    @property
+    def sizes(self) -> list[int]:
+        """Batch sizes that are measured."""
+        return [b for b in self.batch if isinstance(b, int)]
 
 
 class Recipe(_Part):

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from torch import nn
 
-from gossamer import api
-from gossamer.core.errors import GossamerError
+from gossamer import DiffRate, ManifoldDistillation, api
+from gossamer.core.errors import GossamerError, RecipeError
 from gossamer.engine.checkpoint import Checkpoints
 from gossamer.engine.loop import Loop
 from gossamer.models.build import load_model
@@ -50,6 +51,18 @@ def test_the_written_recipe_splits_alike(photos: str, tmp_path: Path, monkeypatc
         assert len(setup.evaluation) == 4 and len(setup.loaders["train"].source) == 16
     assert list(ours.evaluation.names) == list(again.evaluation.names)
     assert len(_given(whole).evaluation) == len(_given(whole).loaders["train"].source) == 20
+
+
+def test_target_and_teacher_reach_the_methods_that_leave_them_open() -> None:
+    target = {"macs": "50%", "max_drop": 1.0}
+    make = lambda entry: compressing._method(entry, "resnet18", target)  # noqa: E731
+    assert make("diffrate").macs == make(DiffRate()).macs == make({"diffrate": {}}).macs == "50%"
+    assert make(DiffRate(macs="70%")).macs == make({"diffrate": {"macs": "60%"}}).macs.replace("6", "7") == "70%"
+    assert make("manifold_distillation").teacher == "resnet18"
+    taught = ManifoldDistillation(teacher=nn.Identity())
+    assert isinstance(make(taught).teacher, nn.Identity)
+    with pytest.raises(RecipeError, match="did you mean 'macs'"):
+        make({"diffrate": {"mcas": 1}})
 
 
 class Stopped(Exception):

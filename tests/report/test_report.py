@@ -22,6 +22,7 @@ def test_page_holds_every_section_and_nothing_remote(fake_run, tmp_path):
         assert f'id="{part}"' in html
     assert "Truly saved." in html and "physically gone" in html
     assert "Not faster than bf16" in html
+    assert "torch 1.30×" in html and "predict 1.67×" in html
     assert not re.findall(r"""(?:src|href)=["'](?:https?:)?//""", html)
     assert "url(" not in html and "@import" not in html
 
@@ -41,9 +42,11 @@ def test_run_folder_files_fill_the_gaps_and_a_torn_line_is_ignored(tmp_path):
     folder.mkdir()
     (folder / "recipe.yaml").write_text("name: killed\n")
     rows = [{"phase": "fit", "turn": "main", "step": i, "terms": {"task": 1.0 / (i + 1)}} for i in range(4)]
+    rows.append({"phase": "fit", "event": "end", "steps": 4, "seconds": 4500.0, "cpu_seconds": 8.25})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"phase": "fi')
     html = build_report([folder], tmp_path / "report.html").read_text()
     assert "name: killed" in html and "4 steps" in html
+    assert "1 h 15 min" in html and "8.2 s" in html
 
 
 def test_several_runs_are_compared_in_one_table(fake_run, tmp_path):

@@ -110,6 +110,8 @@ class Phase:
         min_lr_ratio: Final over base learning rate of the cosine.
         window: The longer training that this phase is a part of; ``None``: it stands alone.
         fresh: Start with new optimisers: no moments of earlier phases.
+        growing: The model is not whole yet (fewer blocks, smaller inputs): whoever compares it with another
+            model, or looks for its parts by name, leaves the phase alone.
     """
 
     name: str
@@ -124,6 +126,7 @@ class Phase:
     min_lr_ratio: float = 0.01
     window: Window | None = None
     fresh: bool = False
+    growing: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 0:

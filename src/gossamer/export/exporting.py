@@ -140,8 +140,9 @@ def _is_plain(model: nn.Module) -> bool:
 
 
 def export_once(
-    model: nn.Module, path: str | Path, *, format: str, batch: int | str, example: Tensor | None = None
-) -> Artefact:
+    model: nn.Module, path: str | Path, *, format: str, batch: int | str, example: Tensor | None = None,
+    opset: int | None = None,
+) -> Artefact:  # fmt: skip
     """Return the export in ``path`` if it is complete and of this kind, else make it.
 
     The folder must belong to this model alone: its weights are not compared.
@@ -149,6 +150,6 @@ def export_once(
     folder = Path(path)
     if (folder / DESCRIPTION).is_file():
         found = read_artefact(folder)
-        if (found.format, found.batch) == (format, batch):
+        if (found.format, found.batch, found.opset) == (format, batch, opset or DEFAULT_OPSET):
             return found
-    return export(model, folder, format=format, batch=batch, example=example)
+    return export(model, folder, format=format, batch=batch, example=example, opset=opset or DEFAULT_OPSET)

@@ -19,8 +19,10 @@ from gossamer.runtimes import get
 __all__ = ["bench"]
 
 
-def _name(model: nn.Module | str) -> str:
-    return model if isinstance(model, str) else type(model).__name__
+def _names(models: Sequence[nn.Module | str]) -> list[str]:
+    """Return what to call the models; modules of one class are numbered."""
+    names = [m if isinstance(m, str) else type(m).__name__ for m in models]
+    return [f"{n} {names[: i + 1].count(n)}" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 
 def bench(
@@ -33,7 +35,7 @@ def bench(
     sizes = {pre.size for _, pre in loaded}
     if len(sizes) > 1:
         raise ModelError(f"bench: the models take inputs of different sizes {sorted(sizes)}; give models of one size")
-    size = sizes.pop()
+    size, names = sizes.pop(), _names(models)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for engine, runtime in zip(engines, runtimes, strict=True):
@@ -43,19 +45,19 @@ def bench(
                 for i, (model, _) in enumerate(loaded):
                     graph = graph_for(model, runtime, b, Path(scratch) / f"m{i}")
                     for p in (precision,) if precision else engine.precisions():
-                        keys.append((_name(models[i]), p))
+                        keys.append((i, p))
                         sessions.append(engine.load(graph, precision=p, threads=threads))
-                rows += _rows(keys, time_sessions(sessions, x, rounds=rounds), runtime, b)
+                timings = time_sessions(sessions, x, rounds=rounds)
+                found = _rows(keys, timings, runtime, b)
+                rows += [{"model": names[i], **row} for (i, _), row in zip(keys, found, strict=True)]
     return rows
 
 
-def _rows(keys: Sequence[tuple[str, str]], timings: Sequence[Timing], runtime: str, batch: int) -> list[dict[str, Any]]:
-    first = [i for i, k in enumerate(keys) if k[0] == keys[0][0]]
-    best = min(first, key=lambda i: timings[i].median_ms)
-
+def _rows(keys: Sequence[tuple[int, str]], timings: Sequence[Timing], runtime: str, batch: int) -> list[dict[str, Any]]:
+    """Return the figures of every (model's index, precision)."""
+    best = min((i for i, (model, _) in enumerate(keys) if model == 0), key=lambda i: timings[i].median_ms)
     return [
         {
-            "model": name,
             "runtime": runtime,
             "precision": precision,
             "batch": batch,
@@ -67,5 +69,5 @@ def _rows(keys: Sequence[tuple[str, str]], timings: Sequence[Timing], runtime: s
             "trusted": timings[i].trusted,
             "reason": timings[i].reason,
         }
-        for i, (name, precision) in enumerate(keys)
+        for i, (_, precision) in enumerate(keys)
     ]

@@ -24,22 +24,21 @@ EVAL_SHARE = 0.2
 
 
 def _method(entry: Method | str | Mapping[str, Any], teacher: Any, target: Mapping[str, Any]) -> Method:
-    """Build one method; hand the teacher and the MAC budget to fields of that name that are unset."""
+    """Build one method; hand the teacher and the MAC budget to fields of that name that are as by default."""
     if isinstance(entry, Method):
-        return entry
-    if isinstance(entry, str):
-        name, options = entry, {}
+        method = entry
+    elif isinstance(entry, str):
+        method = build(entry, {})
+    elif len(entry) == 1:
+        name, options = next(iter(entry.items()))
+        method = build(name, dict(options or {}))
     else:
-        if len(entry) != 1:
-            raise RecipeError(f"methods: got a mapping with keys {sorted(entry)}; expected one {{name: options}}")
-        name, options = next((k, dict(v or {})) for k, v in entry.items())
-    build(name, options)  # names a wrong option before anything is added
-    fields = {f.name for f in dataclasses.fields(type(build(name, options)))}
-    if teacher is not None and "teacher" in fields and "teacher" not in options:
-        options["teacher"] = teacher
-    if "macs" in target and "macs" in fields and "macs" not in options:
-        options["macs"] = target["macs"]
-    return build(name, options)
+        raise RecipeError(f"methods: got a mapping with keys {sorted(entry)}; expected one {{name: options}}")
+    given = {k: v for k, v in (("teacher", teacher), ("macs", target.get("macs"))) if v is not None}
+    fields = {f.name: f.default for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    spelt = set(next(iter(entry.values())) or {}) if isinstance(entry, Mapping) else set()
+    wanted = {k: v for k, v in given.items() if k in fields and k not in spelt and getattr(method, k) == fields[k]}
+    return dataclasses.replace(method, **wanted)  # type: ignore[type-var]
 
 
 def _images(data: Any) -> ImageSource:

@@ -167,11 +167,10 @@ def execute(
         return RunResult(finished, [], run_dir)
     export = recipe.export
     rows = measure(
-        keeper.stages(), setup.evaluation, setup.preprocessing, setup.task, run_dir / "artefacts",
-        runtimes=export.runtimes, batch=export.batch, threads=export.threads, rounds=export.rounds, tick=say,
-    )  # fmt: skip
+        keeper.stages(), setup.evaluation, setup.preprocessing, setup.task, run_dir / "artefacts", export, tick=say
+    )
     write_json(run_dir / "cost.json", _costs(rows, setup.dense, finished))
-    write_json(run_dir / PROFILE, profiles(rows, max(export.batch), export.threads, setup.preprocessing.size))
+    write_json(run_dir / PROFILE, profiles(rows, max(export.sizes), export.threads, setup.preprocessing.size))
     say("profiled")
     table = [r.row() for r in rows]
     write_summary(setup, keeper, table, run_dir)

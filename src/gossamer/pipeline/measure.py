@@ -20,6 +20,7 @@ from gossamer.data.transforms import eval_transform
 from gossamer.export.exporting import export_once
 from gossamer.models.preprocessing import Preprocessing
 from gossamer.pipeline.stages import Stage
+from gossamer.recipe import ExportSettings
 from gossamer.runtimes import Session, get
 from gossamer.tasks.classification import Classification, Evaluation
 from gossamer.tasks.paired import compare
@@ -125,35 +126,46 @@ def _examples(images: ImageSource | None, pre: Preprocessing, count: int) -> tor
 
 
 def _export_rows(
-    stages: Sequence[Stage], runtimes: Sequence[str], batch: Sequence[int], out: Path, examples: torch.Tensor | None
+    stages: Sequence[Stage], settings: ExportSettings, out: Path, examples: torch.Tensor | None
 ) -> list[Measured]:
+    """Export every stage for every measured runtime and batch, the last one in all other forms asked for too."""
     rows = []
     for stage in stages:
         model = stage.model()
         ledger = cost(model, saved=False)
-        for runtime in runtimes:
-            files = {}
-            for b in batch:
-                folder = out / f"{stage.folder.name}-{FORMATS[runtime]}-b{b}"
-                example = None if examples is None else examples[:b]
-                files[b] = export_once(model, folder, format=FORMATS[runtime], batch=b, example=example).graph
+
+        def graph(format: str, batch: int | str, stage: Stage = stage, model: nn.Module = model) -> Path:
+            example = None if examples is None or isinstance(batch, str) else examples[:batch]
+            return export_once(
+                model, out / f"{stage.folder.name}-{format}-b{batch}", format=format, batch=batch, example=example,
+                opset=settings.opset,
+            ).graph  # fmt: skip
+
+        for runtime in settings.runtimes:
+            files = {b: graph(FORMATS[runtime], b) for b in settings.sizes}
             for precision in _precisions(stage, runtime):
                 rows.append(Measured(stage, runtime, precision, ledger, files))
+        for format in settings.formats if stage is stages[-1] else ():
+            for b in settings.batch:
+                graph(format, b)
     return rows
 
 
-def _time(rows: list[Measured], batch: int, threads: int, rounds: int, size: tuple[int, int, int]) -> None:
-    """Time all rows of one runtime in one interleaved run and fill in their ratios."""
+def _time(rows: list[Measured], batch: int, settings: ExportSettings, size: tuple[int, int, int]) -> None:
+    """Time all rows of one runtime and the dense model in torch in one interleaved run; fill in their ratios."""
     x = np.random.default_rng(0).standard_normal((batch, *size), dtype=np.float32)
-    sessions = [get(r.runtime).load(r.files[batch], precision=r.precision, threads=threads) for r in rows]
-    timings = bench(sessions, x, rounds=rounds)
+    threads = settings.threads
     dense = [i for i, r in enumerate(rows) if r.stage.name == "dense"]
+    sessions = [get(r.runtime).load(r.files[batch], precision=r.precision, threads=threads) for r in rows]
+    eager = get("torch").load(rows[dense[0]].stage.model(), precision="f32", threads=threads)
+    *timings, in_torch = bench([*sessions, eager], x, rounds=settings.rounds)
     fp32 = next(i for i in dense if rows[i].precision == "f32")
     best = min(dense, key=lambda i: timings[i].median_ms)
     for i, row in enumerate(rows):
         row.latency[batch] = {
             "median_ms": timings[i].median_ms,
             "iqr_ms": timings[i].iqr_ms,
+            "ratio_torch": ratio(in_torch, timings[i])[1],
             "ratio_fp32": ratio(timings[fp32], timings[i])[1],
             "ratio_best_dense": ratio(timings[best], timings[i])[1],
             "best_dense": rows[best].precision,
@@ -199,17 +211,13 @@ def _explain(rows: Sequence[Measured], batch: int) -> None:
                 row.note = f"not faster than dense {got['best_dense']} ({got['ratio_best_dense']:.2f}x): {why}"
 
 
-def measure(  # noqa: PLR0913 - each is a separate choice of the recipe
+def measure(
     stages: Sequence[Stage],
     images: ImageSource | None,
     pre: Preprocessing,
     task: Classification,
     out: Path,
-    *,
-    runtimes: Sequence[str] = ("openvino", "onnxruntime"),
-    batch: Sequence[int] = (1, 8),
-    threads: int = 2,
-    rounds: int = 7,
+    settings: ExportSettings,
     tick: Callable[[str], None] = lambda text: None,
 ) -> list[Measured]:
     """Export every stage, evaluate it and time it in the runtimes.
@@ -220,29 +228,21 @@ def measure(  # noqa: PLR0913 - each is a separate choice of the recipe
         pre: Preprocessing.
         task: The task.
         out: Folder for the artefacts.
-        runtimes: Names of runtimes.
-        batch: Batch sizes of the static graphs that are timed; accuracy uses the largest.
-        threads: Threads.
-        rounds: Interleaved timing rounds.
+        settings: Runtimes, formats, batch sizes (accuracy uses the largest), threads, rounds.
         tick: Told about every finished piece of work.
 
     Returns:
         One row per stage, runtime and precision. Dense models are measured at every precision the
         CPU runs natively, the others at the best of them.
     """
-    rows = _export_rows(stages, runtimes, batch, out, _examples(images, pre, max(batch)))
+    rows = _export_rows(stages, settings, out, _examples(images, pre, max(settings.sizes)))
     tick("exported")
-    for runtime in runtimes:
+    for runtime in settings.runtimes:
         mine = [r for r in rows if r.runtime == runtime]
-        for b in batch:
-            _time(mine, b, threads, rounds, pre.size)
+        for b in settings.sizes:
+            _time(mine, b, settings, pre.size)
             tick(f"timed {runtime}, batch {b}")
     if images is not None:
-        _accuracies(rows, images, pre, task, threads, tick)
-    _explain(rows, max(batch))
+        _accuracies(rows, images, pre, task, settings.threads, tick)
+    _explain(rows, max(settings.sizes))
     return rows
-
-
-def finished_model(stages: Sequence[Stage]) -> nn.Module:
-    """Return the model of the last stage."""
-    return stages[-1].model()

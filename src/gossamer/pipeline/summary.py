@@ -12,26 +12,10 @@ from gossamer.pipeline.setup import Setup
 from gossamer.pipeline.stages import StageFolder
 from gossamer.report.photos import photo_maps
 
-__all__ = ["DESCRIBED", "curves", "write_summary"]
+__all__ = ["DESCRIBED", "write_summary"]
 
 DESCRIBED = "methods.json"
 """What the methods say of the run, written when training ends: a resumed run has lost their state by then."""
-
-
-def curves(metrics: Path) -> list[dict[str, Any]]:
-    """Return one curve per phase and loss term of a ``metrics.jsonl``."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    if not metrics.is_file():
-        return []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        for term, value in (row.get("terms") or {}).items():
-            curve = found.setdefault(
-                (row["phase"], term), {"phase": row["phase"], "term": term, "steps": [], "values": []}
-            )
-            curve["steps"].append(row["step"])
-            curve["values"].append(value)
-    return list(found.values())
 
 
 def _facts(table: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -65,7 +49,6 @@ def write_summary(
         "environment": json.loads((run_dir / "environment.json").read_text(encoding="utf-8")),
         "recipe": setup.recipe.to_yaml(),
         "table": list(table),
-        "curves": curves(run_dir / "metrics.jsonl"),
         "methods": described,
         "photos": photos,
         "failed": [

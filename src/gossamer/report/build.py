@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from gossamer.core.errors import StateError
 from gossamer.report import charts, saved, table
-from gossamer.report.numbers import as_fact
+from gossamer.report.numbers import as_fact, as_percent, as_seconds, is_number
 from gossamer.report.profile import profiles
 from gossamer.report.scatter import accuracy_latency
 from gossamer.report.source import RunData, image_uri, read_run
@@ -106,6 +106,22 @@ def _curves(data: RunData) -> list[tuple[str, list[tuple[str, Markup]]]]:
     return list(phases.items())
 
 
+def _phases(data: RunData) -> list[dict[str, str]]:
+    """Return every phase with its steps and what it took of the clock and of the processor."""
+    rows = [r for r in data.get("phases") or [] if is_number(r.get("seconds"))]
+    total = sum(r["seconds"] for r in rows)
+    return [
+        {
+            "phase": str(r["phase"]),
+            "steps": str(r.get("steps", "")),
+            "wall": as_seconds(r["seconds"]),
+            "cpu": as_seconds(r["cpu_seconds"]) if is_number(r.get("cpu_seconds")) else "\N{EN DASH}",
+            "share": as_percent(r["seconds"] / total if total else 0.0),
+        }
+        for r in rows
+    ]
+
+
 def _tokens(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the token counts as the chart reads them, from counts per block or ``{in, after_prune, after_merge}``."""
     if "after_merge" not in data:
@@ -159,6 +175,7 @@ def _run(data: RunData, folder: Path, prefix: str) -> dict[str, Any]:
         "photos": _photos(data, folder),
         "layers": charts.layers(layers),
         "layer_rows": layers,
+        "phases": _phases(data),
         "curves": _curves(data),
         "profiles": profiles(data.get("profile")),
         "methods": _methods(data),

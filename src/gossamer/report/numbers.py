@@ -13,6 +13,7 @@ __all__ = [
     "as_ms",
     "as_percent",
     "as_ratio",
+    "as_seconds",
     "as_share",
     "is_number",
     "nice_ticks",
@@ -53,6 +54,13 @@ def as_bytes(value: float) -> str:
 def as_ms(value: float) -> str:
     """Return milliseconds with a sensible number of digits."""
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def as_seconds(value: float) -> str:
+    """Return a duration: ``9.3 s``, ``361 s``, ``1 h 12 min``."""
+    if value < 3600:
+        return f"{value:.1f} s" if value < 100 else f"{value:.0f} s"
+    return f"{value // 3600:.0f} h {value % 3600 / 60:.0f} min"
 
 
 def as_ratio(value: float) -> str:

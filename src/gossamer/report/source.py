@@ -6,11 +6,12 @@
 | --- | --- |
 | ``title`` | name of the run |
 | ``summary`` | facts, ``{label: text or number}`` |
-| ``table`` | rows ``{stage, runtime, precision, macs, params, file_bytes, top1, top1_interval: [low, high], agreement, note, chosen, paired: {p_value}, latency: {batch: {median_ms, iqr_ms, ratio_fp32, ratio_best_dense, best_dense, trusted, reason}}}``; shares in [0, 1] or percent |
+| ``table`` | rows ``{stage, runtime, precision, macs, params, file_bytes, top1, top1_interval: [low, high], agreement, note, chosen, paired: {p_value}, latency: {batch: {median_ms, iqr_ms, ratio_torch, ratio_fp32, ratio_best_dense, best_dense, trusted, reason}}}``; shares in [0, 1] or percent |
 | ``tokens`` | ``{in, after_prune, after_merge}``: counts per block; or ``{blocks, kept, pruned, merged, dense, schedule}`` |
 | ``photos`` | ``{name, label, dense, finished, image, blocks: [grid or {block, grid}]}``; a grid holds one group id per patch, -1 where it was pruned |
 | ``quantization`` | rows ``{layer, bits_w, bits_a, error, gamma}``; default: the methods' tables whose rows have ``layer`` and ``bits`` |
-| ``curves`` | rows ``{phase, term, steps, values}`` |
+| ``curves`` | rows ``{phase, term, steps, values}``; default: ``metrics.jsonl`` |
+| ``phases`` | rows ``{phase, steps, seconds, cpu_seconds}``; default: ``metrics.jsonl`` |
 | ``profile`` | ``{runtime: [op]}`` or rows ``{runtime, stage, precision, batch, int8_share, ops: [op]}``, op ``{type, kernel, precision, product, ms, count}``; default: ``profile.json`` |
 | ``methods`` | ``{class name: {"facts": {...}, "tables": [{title, rows}]}}`` |
 | ``failed`` | rows ``{name, reason}``: images that could not be read |
@@ -40,15 +41,22 @@ def _read_json(path: Path) -> Any:
         raise StateError(f"{path}: cannot be read as JSON ({err}); run the recipe again or delete the file") from None
 
 
-def _curves(path: Path) -> list[dict[str, Any]]:
-    """Return the loss curves of a ``metrics.jsonl``; a torn last line (a killed run) ends the reading."""
-    series: dict[tuple[str, str], dict[str, Any]] = {}
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a ``metrics.jsonl``; a torn last line (a killed run) ends the reading."""
+    rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except json.JSONDecodeError:
             break
-        for term, value in row.get("terms", {}).items():
+    return rows
+
+
+def _curves(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one curve per phase and loss term."""
+    series: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        for term, value in (row.get("terms") or {}).items():
             key = (str(row.get("phase", "fit")), term)
             curve = series.setdefault(key, {"phase": key[0], "term": term, "steps": [], "values": []})
             curve["steps"].append(row.get("step", len(curve["steps"])))
@@ -75,8 +83,10 @@ def read_run(folder: Path) -> RunData:
         data["profile"] = _read_json(folder / "profile.json")
     if not data.get("recipe") and (folder / "recipe.yaml").is_file():
         data["recipe"] = (folder / "recipe.yaml").read_text(encoding="utf-8")
-    if not data.get("curves") and (folder / "metrics.jsonl").is_file():
-        data["curves"] = _curves(folder / "metrics.jsonl")
+    if (folder / "metrics.jsonl").is_file():
+        rows = _metrics(folder / "metrics.jsonl")
+        data["curves"] = data.get("curves") or _curves(rows)
+        data["phases"] = data.get("phases") or [r for r in rows if r.get("event") == "end"]
     if not data:
         raise StateError(
             f"{folder}: holds neither report.json nor recipe.yaml, environment.json, metrics.jsonl; "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gossamer.report.numbers import as_bytes, as_count, as_ms, as_percent, as_ratio, as_share, is_number, runtime_name
-from gossamer.report.saved import Row
+from gossamer.report.saved import Row, dense_row
 from gossamer.report.scatter import Point
 
 __all__ = ["Cell", "Column", "batches", "columns", "points", "rows"]
@@ -41,7 +41,7 @@ PLAIN = (
     Column("stage", "Stage", numeric=False),
     Column("runtime", "Runtime", numeric=False),
     Column("precision", "Precision", numeric=False),
-    Column("macs", "MACs", help="Multiply-accumulates for one image, as the graph executes them"),
+    Column("macs", "MACs", help="Executed multiply-accumulates for one image; the speed they predict"),
     Column("params", "Params", help="Parameters"),
     Column("file_bytes", "File", help="Size of the exported model on disk"),
     Column("top1", "Top-1", "interval", "Accuracy in this runtime, with its 95 % interval"),
@@ -62,7 +62,7 @@ def columns(table: Sequence[Row]) -> list[Column]:
         tip = "Median of one batch, with half its inter-quartile range"
         found.append(Column(f"ms/{b}", "Latency", f"batch {b}, ms", tip))
         if any(is_number(t.get("ratio_fp32")) for t in timed):
-            tip = "Dense fp32 latency / this latency; above 1 is faster"
+            tip = "Dense fp32 latency / this latency, above 1 is faster: in this runtime, and below in PyTorch"
             found.append(Column(f"fp32/{b}", "vs fp32", f"batch {b}", tip))
         if any(is_number(t.get("ratio_best_dense")) for t in timed):
             tip = "Latency of the dense model in this runtime's best precision / this latency; above 1 is faster"
@@ -70,10 +70,11 @@ def columns(table: Sequence[Row]) -> list[Column]:
     return found
 
 
-def _ratio(value: Any) -> Cell:
+def _ratio(value: Any, in_torch: Any = None) -> Cell:
     if not is_number(value):
         return Cell()
-    return Cell(as_ratio(value), sort=str(value), cls="gain" if value > 1.02 else "loss" if value < 0.98 else "")
+    below = f"torch {as_ratio(in_torch)}" if is_number(in_torch) else ""
+    return Cell(as_ratio(value), below, str(value), "gain" if value > 1.02 else "loss" if value < 0.98 else "")
 
 
 def _timing(timed: Mapping[str, Any] | None) -> Cell:
@@ -86,7 +87,7 @@ def _timing(timed: Mapping[str, Any] | None) -> Cell:
     return Cell(shown, spread, str(timed["median_ms"]), "doubt" if doubt else "", why)
 
 
-def _plain(row: Row, key: str) -> Cell:
+def _plain(row: Row, key: str, dense: Row | None) -> Cell:
     value = row.get(key)
     if key == "stage":
         return Cell(str(value or ""), str(row.get("note") or ""), cls="stage")
@@ -104,23 +105,26 @@ def _plain(row: Row, key: str) -> Cell:
         p_value = (row.get("paired") or {}).get("p_value")
         small = f"McNemar p {p_value:.2g}" if is_number(p_value) else ""
         return Cell(as_percent(as_share(value)), small, str(value))
+    if key == "macs" and dense is not None and is_number(dense.get("macs")) and value and value != dense["macs"]:
+        return Cell(as_count(value), f"predict {as_ratio(dense['macs'] / value)}", str(value))
     return Cell(as_bytes(value) if key == "file_bytes" else as_count(value), sort=str(value))
 
 
 def rows(table: Sequence[Row], heads: Sequence[Column], prefix: str) -> list[tuple[str, list[Cell]]]:
     """Return ``(row id, cells)`` for every table row."""
-    out = []
+    out, dense = [], dense_row(table)
     for i, row in enumerate(table):
         timings = row.get("latency") or {}
         cells = []
         for head in heads:
             what, _, batch = head.key.partition("/")
             if not batch:
-                cells.append(_plain(row, head.key))
+                cells.append(_plain(row, head.key, dense))
             elif what == "ms":
                 cells.append(_timing(timings.get(batch)))
             else:
-                cells.append(_ratio((timings.get(batch) or {}).get(RATIOS[what])))
+                timed = timings.get(batch) or {}
+                cells.append(_ratio(timed.get(RATIOS[what]), timed.get("ratio_torch") if what == "fp32" else None))
         out.append((f"{prefix}-row-{i}", cells))
     return out
 

@@ -22,6 +22,7 @@ from gossamer.core.schedule import Batch, Phase, Step, Terms
 from gossamer.kits.teacher import SELF, FeatureTap, FrozenTeacher, Taught, block_paths, resolve_teacher
 from gossamer.methods.manifold_distillation import maths
 from gossamer.ops.tokens import TokenTrack, find_track
+from gossamer.recipe import PRETRAIN
 
 __all__ = ["ManifoldDistillation"]
 
@@ -149,10 +150,15 @@ class ManifoldDistillation(Method):
         return {"pairs": self._paths(model, teacher) if self.uses_blocks else [], "heads": two_heads, "turns": None}
 
     def enter(self, model: nn.Module, phase: Phase) -> Edit | None:
-        """Distil in the turns that train weights; searches of other methods keep their own objective."""
+        """Distil in the turns that train the weights of a whole model; searches keep their own objective.
+
+        A model that still grows, or that is only becoming its own teacher, trains without.
+        """
         if not self._plan:
             return None
-        turns = [t.name for t in phase.turns if "weights" in t.trains] if phase.work is None else []
+        untrained = self.teacher == SELF and phase.whole == PRETRAIN  # what pretraining leaves is the teacher
+        teaches = phase.work is None and not phase.growing and not untrained
+        turns = [t.name for t in phase.turns if "weights" in t.trains] if teaches else []
         return {**self._plan, "turns": {"phase": phase.name, "names": turns}}
 
     def finish(self, model: nn.Module) -> Edit | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tomllib
+from dataclasses import replace
 from importlib import resources
 
 import pytest
@@ -435,3 +436,16 @@ def test_student_is_unchanged() -> None:
     student = stack.finish(stack.prepare(student))
     assert sum(p.numel() for p in student.parameters()) == FIGURES["deit_tiny_params"]["value"]
     assert stack.lasting_edits() == []
+
+
+def test_what_is_not_whole_or_not_yet_its_own_teacher_trains_without() -> None:
+    def turns(method: ManifoldDistillation, phase: Phase) -> list[str]:
+        bind_self(Stack([method]), vit(1))
+        model = vit()
+        method.apply(model, method.prepare(model))
+        return method.enter(model, phase)["turns"]["names"]
+
+    fit, first = Phase("fit", 4), Phase("pretrain", 4)
+    assert turns(ManifoldDistillation(), fit) == turns(ManifoldDistillation(vit(1)), first) == ["main"]
+    assert turns(ManifoldDistillation(), first) == turns(ManifoldDistillation(), first.part("pretrain.a", 0, 2)) == []
+    assert turns(ManifoldDistillation(), replace(fit, growing=True)) == []

@@ -1,0 +1,5 @@
+"""AutoProg: networks that grow while they train."""
+
+from gossamer.methods.autoprog.method import AutoProg
+
+__all__ = ["AutoProg"]
