@@ -51,7 +51,7 @@ def stage_title(name: str, methods: Iterable[Method]) -> str:
     owner = {type(m).__module__.rpartition(".")[0].rpartition(".")[2]: type(m).__name__ for m in methods}
     head, _, _ = name.partition(".")
     if head == "fit":
-        extra = [type(m).__name__ for m in methods if not m.touches & LASTING]
+        extra = [type(m).__name__ for m in methods if m.stage == "training" and not m.touches & LASTING]
         return "fine-tuned" + (f" with {' and '.join(extra)}" if extra else "")
     return owner.get(head, name)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from gossamer.core.errors import GossamerError, ModelError, PlanError, RecipeError
 from gossamer.core.schedule import Phase, Plan, Step
 from gossamer.core.stack import Stack
+from gossamer.cost.ledger import cost
 from gossamer.data.images import ImageSource
 from gossamer.data.loading import StepLoader
 from gossamer.data.transforms import train_transform
@@ -25,12 +27,16 @@ from gossamer.kits.growth.depth import interpolation, new_blocks
 from gossamer.kits.growth.elastic import active_blocks
 from gossamer.methods.autoprog import AutoProg, maths
 from gossamer.methods.autoprog.plan import place
+from gossamer.models.build import load_model
 from gossamer.models.growing import growth_layout
 from gossamer.models.preprocessing import preprocessing
 from gossamer.ops.positions import resize_grid
 from gossamer.recipe import TrainSettings
 from gossamer.tasks.classification import Classification
 
+FIGURES = {
+    f["name"]: f for f in tomllib.loads(Path(__file__).with_name("figures.toml").read_text(encoding="utf-8"))["figure"]
+}
 ORACLE = json.loads(Path(__file__).with_name("oracle.json").read_text())
 SEARCH = {"search_ratio": 0.5, "records": 2, "batches": 1, "cost": "macs", "resolution_step": 8, "stages": 3}
 MANUAL = {"search": False, "resolution_step": 8}
@@ -180,6 +186,21 @@ def test_candidates_begin_with_the_present():
     assert maths.candidates(values, 18, stay=False, most=3) == [18]
 
 
+@pytest.mark.parametrize("scale", [0.5, 0.4])
+def test_stages_cost_what_the_sheet_says(scale):
+    """Counted on networks whose blocks are absent and whose inputs are smaller, not computed from a formula."""
+    model = load_model("deit_small_patch16_224")
+    method = AutoProg(start_scale=scale, search=False)
+    model = method.apply(model, method.prepare(model))
+    shares = []
+    for stage, (depth, size) in enumerate(zip(method.depths(), method.sizes(), strict=True)):
+        model = method.apply(model, method.enter(model, Phase(f"fit.stage{stage}", 1)))
+        assert len(model.blocks) == depth
+        shares.append(cost(model.eval(), torch.zeros(1, 3, size, size)).macs)
+    figure = FIGURES[f"deit_small_stage_macs_{scale}"]
+    assert [v / shares[-1] for v in shares] == pytest.approx(figure["value"], abs=figure["tolerance"])
+
+
 # -- the plan ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("options", [MANUAL, SEARCH, {**SEARCH, "records": 5}, {**MANUAL, "stages": 1}])
 @pytest.mark.parametrize("steps", [8, 13, 100])
@@ -245,7 +266,8 @@ def test_networks_grow_to_the_ordinary_full_model(make, options):
     assert type(model) is type(plain) and list(model.state_dict()) == list(plain.state_dict())
     stages = [(e["depth"], e["sizes"][-1]) for e in edits(loop) if e["kind"] == "stage"]
     size = growth_layout(plain).size
-    assert stages[-1] == (6, size) and all(a[0] <= b[0] and a[1] <= b[1] for a, b in zip(stages, stages[1:], strict=False))
+    assert stages[-1] == (6, size)
+    assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in zip(stages, stages[1:], strict=False))
     assert sum("task" in r.get("terms", {}) for r in rows) == 12
     assert not loop.stack.lasting_edits() and growth_layout(model).depth == 6
     table = loop.stack.describe(model)["AutoProg"]["tables"][0]["rows"]
