@@ -12,6 +12,7 @@ from torch import nn
 from gossamer.core.errors import RecipeError
 from gossamer.core.method import Method
 from gossamer.core.registry import build, name_of, options_of
+from gossamer.cost.budget import METRICS
 from gossamer.data.sources import ImageSource, from_dataset, open_data
 from gossamer.pipeline.execute import RunResult, execute
 from gossamer.pipeline.progress import say
@@ -24,7 +25,7 @@ EVAL_SHARE = 0.2
 
 
 def _method(entry: Method | str | Mapping[str, Any], teacher: Any, target: Mapping[str, Any]) -> Method:
-    """Build one method; hand the teacher and the MAC budget to fields of that name that are as by default."""
+    """Build one method; hand the teacher and the budgets to fields of those names that are as by default."""
     if isinstance(entry, Method):
         method = entry
     elif isinstance(entry, str):
@@ -34,7 +35,7 @@ def _method(entry: Method | str | Mapping[str, Any], teacher: Any, target: Mappi
         method = build(name, dict(options or {}))
     else:
         raise RecipeError(f"methods: got a mapping with keys {sorted(entry)}; expected one {{name: options}}")
-    given = {k: v for k, v in (("teacher", teacher), ("macs", target.get("macs"))) if v is not None}
+    given = {k: v for k, v in {"teacher": teacher, **target}.items() if v is not None and k in ("teacher", *METRICS)}
     fields = {f.name: f.default for f in dataclasses.fields(method)}  # type: ignore[arg-type]
     spelt = set(next(iter(entry.values())) or {}) if isinstance(entry, Mapping) else set()
     wanted = {k: v for k, v in given.items() if k in fields and k not in spelt and getattr(method, k) == fields[k]}

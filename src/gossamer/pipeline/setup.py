@@ -16,7 +16,7 @@ from gossamer.core.errors import ModelError, PlanError, RecipeError
 from gossamer.core.method import Method
 from gossamer.core.schedule import Loader, Plan
 from gossamer.core.stack import Stack
-from gossamer.cost.budget import Target
+from gossamer.cost.budget import METRICS, Target
 from gossamer.data.loading import Mixing, StepLoader
 from gossamer.data.sources import ImageSource, hold_out, open_data
 from gossamer.data.transforms import eval_transform, train_transform
@@ -77,13 +77,13 @@ class Setup:
 
 
 def _methods(recipe: Recipe) -> list[Method]:
-    """Build the recipe's methods; a target on MACs is handed to every method that takes ``macs`` and has none."""
-    macs = recipe.target.macs if recipe.target else None
+    """Build the recipe's methods; a target on a metric is handed to every method that takes it and has none."""
+    target = recipe.target.model_dump(exclude_none=True) if recipe.target else {}
     built = []
     for entry in recipe.methods:
         for name, options in entry.items():
-            takes = any(f.name == "macs" for f in dataclasses.fields(registry.find(name)))  # type: ignore[arg-type]
-            given = {"macs": macs} if macs is not None and takes else {}
+            fields = {f.name for f in dataclasses.fields(registry.find(name))}  # type: ignore[arg-type]
+            given = {k: v for k, v in target.items() if k in METRICS and k in fields}
             built.append(registry.build(name, {**given, **options}))
     return built
 
