@@ -153,8 +153,8 @@ class GatedBlock(_RankingBlock):
         self.num_tokens = num_tokens
         self.gate = gate
         self.bypass = False
-        weight = self.attn.qkv.weight
-        counts = torch.arange(num_tokens - self.num_prefix, 0, -gate.granularity, device=weight.device)
+        device = next(self.attn.parameters()).device
+        counts = torch.arange(num_tokens - self.num_prefix, 0, -gate.granularity, device=device)
         self.register_buffer("candidates", counts.float(), persistent=False)
         for name, on in zip(("prune_logits", "merge_logits"), switches, strict=True):
             self.register_parameter(name, nn.Parameter(torch.zeros_like(self.candidates)) if on else None)
