@@ -113,6 +113,11 @@ class LatencyTable:
         """Return the milliseconds of a model whose blocks have these widths, in order."""
         return sum(self.block(p) for p in points) + sum(max(0.0, r.at(points[0])) for r in self.rest)
 
+    def describe(self) -> str:
+        """Return in a few words what the table was measured in."""
+        s = self.setting
+        return f"{s.device}, {s.runtime} {s.precision}, {s.threads} threads, batch {s.batch}, {s.tokens} tokens"
+
     def mismatch(self, setting: Setting) -> str:
         """Return in what the table differs from ``setting``, ``""`` if in nothing."""
         ours, theirs = asdict(self.setting), asdict(setting)

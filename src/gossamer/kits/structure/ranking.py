@@ -23,7 +23,7 @@ class Group:
     Attributes:
         structure: Name of the structure.
         units: Indices of its units.
-        score: Sum of the units' scores.
+        score: Sum (or mean) of the units' scores.
         last: Whether it is the one that must stay (the highest of its structure).
     """
 
@@ -41,7 +41,7 @@ def _cuts(units: int, size: int, *, odd_first: bool) -> list[int]:
 
 
 def form_groups(
-    scores: Mapping[str, Tensor], sizes: Mapping[str, int], *, odd_first: bool = False
+    scores: Mapping[str, Tensor], sizes: Mapping[str, int], *, odd_first: bool = False, mean: bool = False
 ) -> list[list[Group]]:
     """Return the groups of every structure, lowest first.
 
@@ -52,6 +52,7 @@ def form_groups(
         sizes: Units a group, by structure.
         odd_first: Put the remainder into the lowest group, so that what is left is a multiple of the
             size; else into the highest (release).
+        mean: Score a group by the mean of its units instead: for scores that do not add up to a loss.
     """
     found = []
     for name, values in scores.items():
@@ -60,11 +61,15 @@ def form_groups(
         runs = [order[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
         found.append(
             [
-                Group(name, tuple(run.tolist()), float(values[run].sum()), i == len(runs) - 1)
+                Group(name, tuple(run.tolist()), _total(values[run], mean), i == len(runs) - 1)
                 for i, run in enumerate(runs)
             ]
         )
     return found
+
+
+def _total(values: Tensor, mean: bool) -> float:
+    return float(values.mean() if mean else values.sum())
 
 
 def _ranked(groups: Sequence[Sequence[Group]]) -> list[Group]:

@@ -170,7 +170,7 @@ def _fit(module: nn.Module, name: str) -> None:
 def cut(model: nn.Module, structures: Sequence[Structure], keep: Keep) -> None:
     """Cut removed units out of the model, in place; sizes noted by linear, convolution and norm layers follow.
 
-    Parameters become new objects, so an optimiser starts afresh with them.
+    All parameters of the model become new objects, so that an optimiser starts afresh with every one of them.
 
     Args:
         model: The model that holds the tensors.
@@ -192,6 +192,10 @@ def cut(model: nn.Module, structures: Sequence[Structure], keep: Keep) -> None:
             is_parameter = isinstance(old, nn.Parameter)
             setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
             _fit(module, leaf)
+    renewed = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+    for module in model.modules():
+        for leaf, p in list(module.named_parameters(recurse=False)):
+            setattr(module, leaf, renewed[id(p)])
 
 
 def encode_keep(keep: Keep) -> dict[str, str]:

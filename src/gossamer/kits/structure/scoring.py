@@ -10,7 +10,7 @@ from torch import Tensor
 from gossamer.core.errors import RecipeError, nearest
 from gossamer.kits.structure.regions import Structure, unit_sums
 
-__all__ = ["CRITERIA", "gradient_scores", "magnitude_scores", "random_scores"]
+__all__ = ["CRITERIA", "Scores", "gradient_scores", "magnitude_scores", "random_scores"]
 
 Scores = dict[str, Tensor]
 """By structure: one number a unit, float64 [units]; the larger, the more it matters."""
