@@ -194,7 +194,9 @@ def _timings(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _result(result: Any, as_json: bool) -> None:
-    """Print a finished run: the table, then where things are."""
+    """Print a finished run: the table, then where things are; of several processes only the first has one."""
+    if not result.table:
+        return
     if as_json:
         _json({"run_dir": str(result.run_dir), "report": str(result.report), "table": result.table})
         return

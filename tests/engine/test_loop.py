@@ -398,3 +398,9 @@ def test_every_second_belongs_to_a_phase():
     taken = time.perf_counter() - started
     ends = [r for r in kept if r.get("event") == "end"]
     assert len(ends) == 2 and all(0.08 <= r["seconds"] <= taken and r["cpu_seconds"] >= 0 for r in ends)
+
+
+def test_sharded_training_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match="FSDP is asked for; allowed are a single process and DDP"):
+        make_loop()

@@ -55,6 +55,16 @@ def test_killed_from_outside_resumes_bit_equal(tmp_path):
     assert same(load_file(tmp_path / "cut.safetensors"), reference)
 
 
+def test_processes_find_each_other_without_being_told_the_device(tmp_path):
+    """On a machine without accelerators Accelerate by itself would start two runs of one process each."""
+    script = tmp_path / "places.py"
+    script.write_text("from gossamer.engine.distributed import is_main, rank, world; print(rank(), world(), is_main())")
+    settings = {k: v for k, v in environment().items() if k != "ACCELERATE_USE_CPU"} | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=120, check=True)
+    assert sorted(done.stdout.split("\n")) == ["", "0 2 True", "1 2 False"]
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """Every case on one process and on two; the weights of each rank and the losses."""

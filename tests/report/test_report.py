@@ -128,6 +128,10 @@ def test_layers_come_from_a_methods_table(fake_run, tmp_path):
     assert 'id="r0-layers"' in html and "weight bits: 8" in html and "activation bits: 6" in html
 
 
+def test_ratios_are_known_by_their_name():
+    assert as_fact("8_ratio_fp32", 1.5) == as_fact("ratio", 1.5) == "1.50×"
+
+
 def test_facts_read_well_inside_lists_and_mappings():
     assert as_fact("top1_interval", [0.161, 0.5625]) == f"{as_percent(0.161)}, {as_percent(0.5625)}"
     assert as_fact("parity", {"relative": 2.88e-7, "tolerance": 0.001}) == "relative 2.88e-07, tolerance 0.001"

@@ -6,6 +6,7 @@ precision stays with the loop (one recipe, one meaning, whatever the launcher's 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -34,19 +35,25 @@ _BUCKET = 2**23
 _KINDS = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 
 
+def _cpu() -> bool:
+    """Return whether to train on CPUs; Accelerate has to be told, or it takes every process for a run of its own."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    return asked or not torch.accelerator.is_available()
+
+
 def rank() -> int:
     """Return this process's rank, 0 when alone."""
-    return PartialState().process_index
+    return PartialState(cpu=_cpu()).process_index
 
 
 def world() -> int:
     """Return the number of processes."""
-    return PartialState().num_processes
+    return PartialState(cpu=_cpu()).num_processes
 
 
 def is_main() -> bool:
     """Return whether this process writes files and shows bars."""
-    return PartialState().is_main_process
+    return PartialState(cpu=_cpu()).is_main_process
 
 
 def make_accelerator() -> Accelerator:
@@ -55,10 +62,15 @@ def make_accelerator() -> Accelerator:
     Raises:
         RecipeError: The launcher asks for something the loop does not run under.
     """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):  # on CPUs Accelerate ignores it
+        raise RecipeError(
+            "accelerate: FSDP is asked for; allowed are a single process and DDP. Methods read and write whole weights "
+            "(masks, quantizers, averages), which sharded ones are not. Use a configuration without FSDP, or torchrun"
+        )
     # The DDP-wrapped module returns the loss terms themselves, so the search for unused parameters is exact.
     handler = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     try:
-        accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[handler])
+        accelerator = Accelerator(mixed_precision="no", cpu=_cpu(), kwargs_handlers=[handler])
     except ValueError as err:
         raise RecipeError(
             f"accelerate: {err}; gossamer needs mixed_precision='no' from the launcher, state train.precision instead"

@@ -192,23 +192,29 @@ def _accuracies(
                 row.agreement = compare(reference.logits, row.evaluation.logits, reference.targets).to_json()
 
 
+def _why_not(row: Measured, dense: Measured, best: str) -> str:
+    """Return the likely reason why a row gains nothing over the best dense precision."""
+    if row.int8:
+        return (
+            f"int8 kernels gain nothing over {best} here; quantizing and dequantizing around "
+            "softmax, LayerNorm and GELU costs more than the products save"
+        )
+    if row.cost.macs == dense.cost.macs:
+        return "it is the dense graph with other weights"
+    return "the steps that pick what is computed cost more than the products saved at this size"
+
+
 def _explain(rows: Sequence[Measured], batch: int) -> None:
     """Say of every row that is not faster than the best dense one that it is not, and why; mark the fastest."""
     for runtime in dict.fromkeys(r.runtime for r in rows):
         mine = [r for r in rows if r.runtime == runtime]
-        last = [r for r in mine if r.stage.name != "dense"]
+        dense, last = mine[0], [r for r in mine if r.stage.name != "dense"]
         if last:
             min(last, key=lambda r: r.latency[batch]["median_ms"]).chosen = True
         for row in last:
-            got = row.latency[batch]
-            if got["ratio_best_dense"] < 1.0:
-                why = (
-                    f"int8 kernels gain nothing over {got['best_dense']} here; quantizing and dequantizing around "
-                    "softmax, LayerNorm and GELU costs more than the products save"
-                    if row.int8
-                    else "the steps that drop tokens cost more than the saved products at this width"
-                )
-                row.note = f"not faster than dense {got['best_dense']} ({got['ratio_best_dense']:.2f}x): {why}"
+            ratio_best, best = (row.latency[batch][k] for k in ("ratio_best_dense", "best_dense"))
+            if ratio_best < 1.0:
+                row.note = f"not faster than dense {best} ({ratio_best:.2f}x): {_why_not(row, dense, best)}"
 
 
 def measure(

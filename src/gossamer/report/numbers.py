@@ -79,7 +79,7 @@ def as_percent(share: float, digits: int = 1) -> str:
 
 
 def as_fact(name: str, value: Any) -> str:
-    """Return a named fact as text; the name's first or last word tells its unit (``macs_dense``, ``median_ms``)."""
+    """Return a named fact as text; words of the name tell its unit (``macs_dense``, ``median_ms``, ``ratio_fp32``)."""
     if isinstance(value, Mapping):
         return ", ".join(f"{k} {as_fact(str(k), v)}" for k, v in value.items())
     if isinstance(value, list | tuple):
@@ -87,7 +87,9 @@ def as_fact(name: str, value: Any) -> str:
     if not is_number(value):
         return str(value)
     words = name.lower().split("_")
-    forms = {"macs": as_count, "params": as_count, "bops": as_count, "bytes": as_bytes, "ratio": as_ratio}
+    forms = {"macs": as_count, "params": as_count, "bops": as_count, "bytes": as_bytes}
+    if "ratio" in words:
+        return as_ratio(value)
     for word in (words[0], words[-1]):
         if word in forms:
             return forms[word](value)
