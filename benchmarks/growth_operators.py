@@ -25,7 +25,7 @@ from gossamer.core.method import Edit
 from gossamer.core.schedule import Loader, Phase, Step
 from gossamer.core.stack import Stack
 from gossamer.engine.loop import Loop
-from gossamer.kits.growth.depth import OPERATORS, blocks_of, grow, put_blocks
+from gossamer.kits.growth.depth import OPERATORS, grow_model
 from gossamer.methods.autoprog import AutoProg
 from gossamer.methods.autoprog.maths import split_depth
 from gossamer.pipeline.setup import set_up
@@ -55,10 +55,9 @@ class Watched(AutoProg):
 
     def _tried(self, model: nn.Module, edit: Edit, operator: str) -> nn.Module:
         """Return a copy of ``model``, grown by ``operator``."""
-        averages = [[self._average(model, b) for b in blocks_of(model, c)] for c in self._full.chains]
         deeper, draw = copy.deepcopy(model), torch.Generator().manual_seed(0)
-        for chain, count, known in zip(self._full.chains, split_depth(edit["depth"], self._full), averages, strict=True):
-            put_blocks(deeper, chain, grow(blocks_of(deeper, chain), count, operator, averages=known, generator=draw))
+        counts, average = split_depth(edit["depth"], self._full), self._copies[0].average
+        grow_model(deeper, self._full.chains, counts, operator, average=average, generator=draw)
         return deeper
 
 

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import ModelError, nearest
-from gossamer.models.growing import Chain, branch_outputs
+from gossamer.models.growing import Chain, Layout, branch_outputs, set_drop_rate
 
-__all__ = ["OPERATORS", "Operator", "blocks_of", "grow", "interpolation", "new_blocks", "put_blocks", "stacking"]
+__all__ = [
+    "OPERATORS", "Operator", "blocks_of", "grow", "grow_model", "interpolation", "new_blocks", "put_blocks",
+    "set_drop_rates", "stacking",
+]  # fmt: skip
 
 NOISE = 0.01
 """Standard deviation that the noise operator adds (changlin31/AutoProg, prog/helpers.py)."""
@@ -161,7 +164,7 @@ def blocks_of(model: nn.Module, chain: Chain) -> list[nn.Module]:
 
 
 def put_blocks(model: nn.Module, chain: Chain, blocks: Sequence[nn.Module]) -> None:
-    """Let the chain hold ``blocks``: containers are filled in order up to their full number, the last holds the rest."""
+    """Let the chain hold ``blocks``; containers are filled in order up to their full number, the last has the rest."""
     start = 0
     for name, room in zip(chain.containers, (*chain.full[:-1], len(blocks)), strict=True):
         container, mine = model.get_submodule(name), blocks[start : start + room]
@@ -172,3 +175,42 @@ def put_blocks(model: nn.Module, chain: Chain, blocks: Sequence[nn.Module]) -> N
             for block in mine:
                 container.append(block)
         start += room
+
+
+def grow_model(
+    model: nn.Module,
+    chains: Sequence[Chain],
+    counts: Sequence[int],
+    operator: str = "interpolate",
+    *,
+    average: Mapping[str, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Grow every chain of ``model`` in place to its number of blocks.
+
+    Args:
+        model: The model.
+        chains: Its chains.
+        counts: Blocks wanted of each chain, at least as many as it has.
+        operator: Name in ``OPERATORS``.
+        average: Moving average of the model's state dict, for operators that need it.
+        generator: Source of random numbers, for operators that draw.
+    """
+    names = {m: n for n, m in model.named_modules()}
+    for chain, count in zip(chains, counts, strict=True):
+        blocks = blocks_of(model, chain)
+        averages = None
+        if average is not None:
+            starts = [f"{names[b]}." for b in blocks]
+            averages = [{k.removeprefix(s): v for k, v in average.items() if k.startswith(s)} for s in starts]
+        put_blocks(model, chain, grow(blocks, count, operator, averages=averages, generator=generator))
+
+
+def set_drop_rates(model: nn.Module, layout: Layout, share: float) -> None:
+    """Give the blocks that are there stochastic depth, rising linearly to ``share`` of the full model's rate."""
+    if not layout.drop_path:
+        return
+    dropped = [(b, c.dropped) for c in layout.chains for b in blocks_of(model, c)]
+    for index, (block, applies) in enumerate(dropped):
+        rate = layout.drop_path * share * index / max(1, len(dropped) - 1)
+        set_drop_rate(block, rate if applies else 0.0)

@@ -18,22 +18,20 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from gossamer.core.errors import ModelError, PlanError, RecipeError, nearest
 from gossamer.core.method import Edit, Evaluate, Grads, Method
 from gossamer.core.schedule import Batch, Loader, Phase, Plan, Step
-from gossamer.cost.ledger import cost as ledger
 from gossamer.data.loading import StepLoader
 from gossamer.data.transforms import PictureTransform, Rendering
 from gossamer.kits.ema import Ema
-from gossamer.kits.growth.depth import OPERATORS, blocks_of, grow, put_blocks
+from gossamer.kits.growth.depth import OPERATORS, blocks_of, grow_model, put_blocks, set_drop_rates
 from gossamer.kits.growth.elastic import Elastic
-from gossamer.kits.growth.timer import step_seconds
 from gossamer.methods.autoprog import maths
 from gossamer.methods.autoprog.plan import Place, place, split
-from gossamer.models.growing import Layout, growth_layout, resizable, set_drop_rate
-from gossamer.tasks.classification import logits_of
+from gossamer.methods.autoprog.scoring import buffers_kept, measured_cost, training_losses
+from gossamer.models.growing import Layout, growth_layout, resizable
 
 __all__ = ["AutoProg"]
 
@@ -261,7 +259,7 @@ class AutoProg(Method):
             elastic.extract(model, counts)
         self._grow(model, counts, edit["seed"])
         model = resizable(model, layout, on=not last)
-        self._regularise(model, edit["level"]["drop_path"])
+        set_drop_rates(model, layout, edit["level"]["drop_path"])
         for copy in self._copies:
             copy.follow(model)
         self._now = edit
@@ -274,23 +272,17 @@ class AutoProg(Method):
 
     def _grow(self, model: nn.Module, counts: list[int], seed: int) -> None:
         chains = self._full.chains
-        short = [c for c, n in zip(chains, counts, strict=True) if len(blocks_of(model, c)) < n]
-        if not short:
+        if all(len(blocks_of(model, c)) >= n for c, n in zip(chains, counts, strict=True)):
             return
-        operator = "interpolate" if self.growth == RELEASE else self.growth
-        if self.growth == RELEASE and self._copies:
-            self._copies[-1].exchange(model)  # the network goes on from its slow copy, old blocks and all
-            self._copies[-1].load_state_dict({}, self._copies[-1].updates)  # which begins anew at these weights
+        operator, average = self.growth, None
+        if self.growth == RELEASE:
+            operator, slow = "interpolate", self._copies[-1]
+            slow.exchange(model)  # the network goes on from its slow copy, old blocks and all
+            slow.load_state_dict({}, slow.updates)  # which begins anew at these weights
+        elif OPERATORS[operator].averaged:
+            average = self._copies[0].average
         generator = torch.Generator().manual_seed(seed)
-        for chain, count in zip(chains, counts, strict=True):
-            blocks = blocks_of(model, chain)
-            averages = [self._average(model, b) for b in blocks] if operator == "mogrow" else None
-            put_blocks(model, chain, grow(blocks, count, operator, averages=averages, generator=generator))
-
-    def _average(self, model: nn.Module, block: nn.Module) -> dict[str, Tensor]:
-        name = next(n for n, m in model.named_modules() if m is block)
-        average = self._copies[0].average if self._copies else {}
-        return {k[len(name) + 1 :]: v for k, v in average.items() if k.startswith(f"{name}.")}
+        grow_model(model, chains, counts, operator, average=average, generator=generator)
 
     def _new_copies(self, model: nn.Module) -> list[Ema]:
         decays = [self.momentum] if self.search or self.growth == "mogrow" else []
@@ -299,19 +291,6 @@ class AutoProg(Method):
         for copy in copies:
             copy.follow(model)
         return copies
-
-    def _regularise(self, model: nn.Module, share: float) -> None:
-        layout = self._full
-        if not layout.drop_path:
-            return
-        chains = [blocks_of(model, c) for c in layout.chains]
-        total = sum(len(c) for c in chains)
-        index = 0
-        for chain, blocks in zip(layout.chains, chains, strict=True):
-            for block in blocks:
-                rate = layout.drop_path * share * index / max(1, total - 1)
-                set_drop_rate(block, rate if chain.dropped else 0.0)
-                index += 1
 
     def _elastic(self) -> Elastic | None:
         if not self._now.get("least") or len(self._now["depths"]) < 2:
@@ -378,32 +357,16 @@ class AutoProg(Method):
         row = self._losses.setdefault(str(record), [])
         size, depth = self._candidates()[len(row)]
         elastic, draw = self._elastic(), loaders["train"]
-        device = next(model.parameters()).device
         running = nullcontext() if elastic is None else elastic.running(model, maths.split_depth(depth, self._full))
-        with self._copies[0].applied(model), running, _buffers_kept(model), self._sized(size):
-            # the draws of a record: all candidates see the same pictures
-            drawn = [Step("autoprog.score", "work", i, self.batches, step.seed, step.rank) for i in range(self.batches)]
-            batches = (draw(s) for s in drawn)
-            seen: dict[str, float] = {}
+        # the draws do not depend on the candidate: all see the same pictures
+        drawn = [Step("autoprog.score", "work", i, self.batches, step.seed, step.rank) for i in range(self.batches)]
+        terms = {"size": float(size), "depth": float(depth)}
+        with self._copies[0].applied(model), running, buffers_kept(model), self._sized(size):
             if len(self._costs) <= len(row):
-                self._costs.append(self._cost(model, draw(drawn[0]), device))
-                seen[self.cost] = self._costs[-1]
-            model.train()
-            with torch.no_grad():
-                losses = [F.cross_entropy(logits_of(model(b["image"])).float(), b["target"]) for b in batches]
-        row.append(torch.stack(losses).tolist())
-        return {**seen, "loss": statistics.fmean(row[-1]), "size": float(size), "depth": float(depth)}
-
-    def _cost(self, model: nn.Module, batch: Batch, device: torch.device) -> float:
-        if self.cost == "macs":
-            return float(ledger(model, batch["image"][:1]).macs)
-        params = list(model.parameters())
-        model.train()
-
-        def once() -> None:
-            F.cross_entropy(logits_of(model(batch["image"])).float(), batch["target"]).backward()
-
-        return step_seconds(once, self.timing_steps, device, params)
+                self._costs.append(measured_cost(self.cost, model, draw(drawn[0]), self.timing_steps))
+                terms[self.cost] = self._costs[-1]
+            row.append(training_losses(model, (draw(s) for s in drawn)))
+        return {"loss": statistics.fmean(row[-1]), **terms}
 
     @contextmanager
     def _sized(self, size: int) -> Iterator[None]:
@@ -440,15 +403,3 @@ class AutoProg(Method):
             copy.load_state_dict(kept["average"], kept["updates"])
         self._losses = {k: list(v) for k, v in state["losses"].items()}
         self._costs = list(state["costs"])
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Restore every buffer on exit: scoring in training mode must not move running statistics."""
-    kept = [(b, b.detach().clone()) for b in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
