@@ -54,9 +54,11 @@ class Placement(StrEnum):
 
 @runtime_checkable
 class TakesOffset(Protocol):
-    """A layer whose quantized weights can be displaced."""
+    """A layer with a ``weight`` whose quantized values can be displaced.
 
-    weight: Tensor
+    The weight is not a member: from Python 3.12 on ``isinstance`` does not see what a module registers.
+    """
+
     offset: Tensor | None
 
     def quantized_weight(self) -> Tensor:
