@@ -12,6 +12,7 @@ from gossamer.ops.grids import (
     WEIGHT_GRIDS,
     InputGrid,
     LayerGrids,
+    covering_grid,
     pack_codes,
     unpack_codes,
     weight_codes,
@@ -110,6 +111,16 @@ def test_the_order_of_packed_bits_is_fixed():
     assert pack_codes(codes, LayerGrids(2, 8, "odd")).tolist() == [0b11_10_01_00, 0b11]
     with pytest.raises(ModelError, match=r"codes 0..0 are not all on the odd grid of 2 bits"):
         pack_codes(torch.zeros(2, dtype=torch.int8), LayerGrids(2, 8, "odd"))
+
+
+def test_the_covering_grid_is_symmetric_and_near():
+    source, grids, step = nn.Linear(64, 4), LayerGrids(8, 8, "odd", num_scales=4), torch.full((4,), 0.0005)
+    exact = int8_layer(source, grids, step, 0.1)
+    near = int8_layer(source, *covering_grid(grids, step), 0.1)
+    assert near.grids.weight_grid == "symmetric" and not near.grids.halved
+    errors = [(e.dequantized_weight() - source.weight).square().mean().sqrt() for e in (exact, near)]
+    assert 0.8 < errors[0] / errors[1] < 1.25
+    assert covering_grid(LayerGrids(4, 8, "odd"), step)[1] is step
 
 
 def test_float_input_is_left_alone():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ __all__ = [
     "InputKind",
     "LayerGrids",
     "WeightKind",
+    "covering_grid",
     "dequantize",
     "pack_codes",
     "positive",
@@ -207,6 +208,24 @@ def weight_values(codes: Tensor, scale: Tensor, grids: LayerGrids) -> Tensor:
     """Return the float weights that stored codes [out, ...] stand for; ``scale`` [1] or [out] is theirs."""
     values = codes.to(scale.dtype)
     return (values + 0.5 if grids.halved else values) * _along(scale, codes, 0)
+
+
+def covering_grid(grids: LayerGrids, step: Tensor) -> tuple[LayerGrids, Tensor]:
+    """Return the symmetric 8-bit grid that covers odd 8-bit weights, and its steps.
+
+    A deployment grid for weights whose levels lie between two codes (``LayerGrids.halved``): it saves the
+    product with ones, and its rounding errors are as large as those of the odd grid but others
+    (``benchmarks/int8_conv.md`` has cost and error of both). Round the float weights to it, not the odd
+    levels: these lie half-way between two codes, and all would move towards zero.
+    Other grids are returned as they are.
+
+    Args:
+        grids: Grids of the layer.
+        step: Steps of the odd grid [1] or [out].
+    """
+    if not grids.halved:
+        return grids, step
+    return replace(grids, weight_grid="symmetric"), step * (2**_BYTE - 1) / (2 ** (_BYTE - 1) - 1)
 
 
 def _lowest(grids: LayerGrids) -> tuple[int, int]:
