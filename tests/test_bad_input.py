@@ -180,6 +180,18 @@ def test_missing_runtime(refused, saved, photos, monkeypatch):
     assert "pip install" in line and "openvino" in line
 
 
+def test_missing_runtime_of_an_export(refused, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None)
+    line = refused("export", saved, "--out", tmp_path / "out", "--format", "onnx")
+    assert "pip install onnxruntime" in line and not (tmp_path / "out").exists()
+
+
+def test_int8_of_a_model_that_no_method_takes(refused, photos, tmp_path):
+    model = api.save(load_model("cait_xxs24_224", num_classes=3, depth=1, img_size=32), tmp_path / "m")
+    line = refused("export", model, "--out", tmp_path / "o", "--format", "onnx", "--int8", "--data", f"folder:{photos}")
+    assert "ptq_minmax" in line and "ptq_vit" in line
+
+
 def test_unknown_runtime(refused, saved, photos):
     line = refused("evaluate", saved, "--data", f"folder:{photos}", "--runtime", "openvin")
     assert "did you mean 'openvino'" in line

@@ -1,5 +1,6 @@
 """Exports end to end: files, proof, refusals, batches."""
 
+import errno
 import json
 import shutil
 from collections import namedtuple
@@ -129,6 +130,16 @@ def test_no_disk(vit, tmp_path, monkeypatch):
     with pytest.raises(RunError, match="MiB of disk"):
         export(vit, tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+def test_a_disk_that_fills_while_writing(vit, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("gossamer.export.onnx.ir.save", full)
+    with pytest.raises(RunError, match=r"writing failed \(No space left on device\); free some disk"):
+        export(vit, tmp_path / "m")
+    assert not (tmp_path / "m" / "export.json").exists()
 
 
 def test_models_that_cannot_be_traced_are_refused(tmp_path):

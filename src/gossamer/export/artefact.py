@@ -27,7 +27,7 @@ class Artefact:
         batch: Images per call, or ``"dynamic"``.
         opset: ONNX operator set it was traced with.
         parity: Difference from torch (``export.verify.Parity`` as plain numbers).
-        int8: Whether it holds 8-bit layers.
+        int8: Whether it holds layers that round to integer codes (of at most 8 bits, or simulated ones).
         fp16: Whether float weights are stored in 16 bits.
         preprocessing: What has to happen to a picture before.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gossamer.core.errors import ModelError, RecipeError, nearest
+from gossamer.core.errors import ModelError, RecipeError, RunError, nearest
 from gossamer.export.artefact import DESCRIPTION, Artefact, read_artefact, write_artefact
 from gossamer.export.layout import lay_out
 from gossamer.export.onnx import DEFAULT_OPSET, trace, write
@@ -125,7 +125,11 @@ def export(  # noqa: PLR0913 - each is a separate choice of the user
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DESCRIPTION).unlink(missing_ok=True)
     plain = model if _is_plain(model) else copy.deepcopy(model).float().cpu().eval()
-    target = write_graph(plain, images, folder, format, dynamic=batch == "dynamic", opset=opset, fp16=fp16)
+    try:
+        target = write_graph(plain, images, folder, format, dynamic=batch == "dynamic", opset=opset, fp16=fp16)
+    except OSError as err:
+        reason = f"writing failed ({err.strerror or err})"
+        raise RunError(f"export to {folder}: {reason}; free some disk or choose another folder") from err
     draft = Artefact(target, format, batch, opset, int8=has_int8(model), fp16=fp16, preprocessing=pre)
     proof = verify(draft, plain, images, tolerance=tolerance)
     return write_artefact(replace(draft, parity=proof.to_json()))

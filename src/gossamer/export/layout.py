@@ -52,13 +52,8 @@ def _fold_transposed_weights(model: ir.Model) -> None:
         weight = quantized_constant(node.inputs[0])
         if weight is None or weight[0].ndim != 2:
             continue
-        codes, scale, axis, source = weight
-        zero = constant(source.inputs[2])
-        inputs = [
-            add_constant(model.graph, codes.T, "weight_t"),
-            source.inputs[1],
-            source.inputs[2] if zero is not None else add_constant(model.graph, np.zeros(scale.shape, np.int8), "zero"),
-        ]
+        codes, _, axis, source = weight
+        inputs = [add_constant(model.graph, codes.T, "weight_t"), *source.inputs[1:]]
         shape = list(codes.T.shape)
         turned = {"axis": 1 - axis}
         out = add_node(node, "DequantizeLinear", inputs, turned, dtype=ir.DataType.FLOAT, shape=shape)

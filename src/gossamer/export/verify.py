@@ -44,7 +44,7 @@ class Parity:
 
 
 def has_int8(model: nn.Module) -> bool:
-    """Whether a module of the model stores 8-bit weights (declares ``weight_bits`` and holds int8)."""
+    """Whether values of the model are rounded to codes: int8 weights, or layers that round their input."""
     return any(b.dtype == torch.int8 and b.numel() > 1 for b in model.buffers()) or any(
         hasattr(m, "input_bits") for m in model.modules()
     )

@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import ModelError
+from gossamer.kits.calibration import Observe, TopMagnitudes, Walk
 from gossamer.kits.dataflow import Dataflow
 from gossamer.kits.quant_layout import Layout, classifiers, unfit_padding
 from gossamer.ops.grids import InputGrid
+from gossamer.ops.quant import max_scale
 
-__all__ = ["find_conv_layout", "round_outputs"]
+__all__ = ["find_conv_layout", "measure_sums", "round_outputs"]
 
 
 def find_conv_layout(model: nn.Module) -> Layout:
@@ -53,6 +56,26 @@ def find_conv_layout(model: nn.Module) -> Layout:
         unsigned=flow.unsigned_inputs(units),
         sums=sums,
     )
+
+
+@torch.no_grad()
+def measure_sums(walk: Walk, kinds: Mapping[str, str], percentile: float = 100.0) -> dict[str, dict[str, Any]]:
+    """Return 8-bit grids, as ``round_outputs`` takes them, from what modules return for the images of a walk.
+
+    Args:
+        walk: Images and model.
+        kinds: ``"signed"`` or ``"unsigned"`` by module path (``Layout.sums``, ``Dataflow.open_tensors``).
+        percentile: Magnitude on the largest code.
+    """
+    tops = {n: TopMagnitudes(percentile, len(walk.batches[0]) / walk.num_images) for n in kinds}
+
+    def observer(name: str) -> Observe:
+        return lambda inputs, out, batch: tops[name].add(out)  # type: ignore[arg-type]
+
+    if kinds:
+        walk.run({n: observer(n) for n in kinds}, outputs=True)
+    steps = {n: float(max_scale(top.value(), 8, kinds[n] == "signed")) for n, top in tops.items()}
+    return {n: {"bits": 8, "kind": kinds[n], "step": step} for n, step in steps.items()}
 
 
 def _round_output(module: Any, args: tuple[Any, ...], out: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def find_layout(model: nn.Module, *, products: bool = True) -> Layout:
     if not views:
         raise ModelError(
             f"{type(model).__name__} holds no attention; expected a vision transformer (ViT, DeiT, Swin) whose "
-            f"attention products are quantized. For a convolutional network use a runtime's own int8 tool"
+            f"attention products are quantized. For a convolutional network take a method that needs no attention"
         )
     blocks = {v.name: v.name.rpartition(".")[0] or v.name for v in views}
     units: dict[str, list[str]] = {b: [] for b in blocks.values()}

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from gossamer.core import registry
-from gossamer.core.errors import RecipeError, RunError
+from gossamer.core.errors import ModelError, RecipeError, RunError
+from gossamer.core.method import Method
 from gossamer.core.schedule import Phase, Plan
 from gossamer.core.stack import Stack
 from gossamer.data.loading import StepLoader
@@ -30,16 +31,28 @@ CALIBRATION_IMAGES = 32
 
 
 def to_int8(model: nn.Module, images: ImageSource) -> nn.Module:
-    """Return ``model`` in 8 bits by the registered method that offers itself for it.
+    """Return ``model`` in 8 bits by the first registered method that offers itself for it and takes the model.
+
+    Baselines come last.
 
     Raises:
         RecipeError: No registered method does.
-        ModelError: The method cannot handle the model.
+        ModelError: None can handle the model.
     """
     offers = [m for m in registry.methods().values() if "int8" in m.default_for]
     if not offers:
         raise RecipeError("export: no registered method offers int8; its card would state default_for: {int8: {}}")
-    stack = Stack([registry.build(offers[0].name, offers[0].default_for["int8"])])
+    refusals = []
+    for offer in sorted(offers, key=lambda m: m.status == "baseline"):
+        try:
+            return _by_method(registry.build(offer.name, offer.default_for["int8"]), model, images)
+        except ModelError as err:
+            refusals.append(f"{offer.name}: {err}")
+    raise ModelError(f"export: no method makes {type(model).__name__} int8; {'; '.join(refusals)}")
+
+
+def _by_method(method: Method, model: nn.Module, images: ImageSource) -> nn.Module:
+    stack = Stack([method])
     loader = StepLoader(
         images, eval_transform(preprocessing(model)), min(CALIBRATION_IMAGES, len(images)), seed=0, shuffle=True
     )

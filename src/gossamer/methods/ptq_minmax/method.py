@@ -17,7 +17,7 @@ from gossamer.core.errors import RecipeError, StateError
 from gossamer.core.method import Edit, Method
 from gossamer.core.schedule import Loader, Phase, Plan, Step
 from gossamer.kits.calibration import Observe, TopMagnitudes, Walk, calibration_batches
-from gossamer.kits.conv_layout import find_conv_layout, round_outputs
+from gossamer.kits.conv_layout import find_conv_layout, measure_sums, round_outputs
 from gossamer.kits.quant_layout import (
     Layout,
     WidthOptions,
@@ -69,7 +69,7 @@ class PTQMinMax(Method):
     images: int = 32
     _layout: Layout | None = field(default=None, init=False, repr=False, compare=False)
     _reached: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
-    _sums: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _sums: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def check(self) -> None:
         """Raise ``RecipeError`` for option values that cannot be used."""
@@ -102,9 +102,7 @@ class PTQMinMax(Method):
         """Decide each layer's final form and the grids of the sums."""
         if not any(m.active for m in quant_layers(model).values()):
             raise StateError(f"ptq_minmax: no layer is calibrated; run the phase {CALIBRATE!r} before finish")
-        kinds = {} if self._layout is None else self._layout.sums
-        sums = {name: {"bits": 8, "kind": kinds[name], "step": step} for name, step in self._sums.items()}
-        return {"final": final_forms(model), "sums": sums}
+        return {"final": final_forms(model), "sums": self._sums}
 
     def apply(self, model: nn.Module, edit: Edit) -> nn.Module:
         """Open, wrap, activate or give final forms."""
@@ -151,20 +149,9 @@ class PTQMinMax(Method):
             rows = layer.weight.abs().flatten(1).amax(1).reshape(len(layer.weight_scale), -1).amax(1)
             layer.weight_scale.copy_(max_scale(rows, layer.bits[0]))
             layer.input_scale.copy_(max_scale(seen[0].value(), layer.bits[1], layer.signed))
-        self._sums = self._sum_steps(walk) if self.sums and (self.w_bits, self.a_bits) == (8, 8) else {}
+        if self.sums and self._layout is not None and (self.w_bits, self.a_bits) == (8, 8):
+            self._sums = measure_sums(walk, self._layout.sums, self.percentile)
         return {}
-
-    def _sum_steps(self, walk: Walk) -> dict[str, float]:
-        """Return the step of every value that is rounded beside the layers' inputs."""
-        kinds = {} if self._layout is None else self._layout.sums
-        tops = {n: TopMagnitudes(self.percentile, len(walk.batches[0]) / walk.num_images) for n in kinds}
-
-        def observer(name: str) -> Observe:
-            return lambda inputs, out, batch: tops[name].add(out)
-
-        if kinds:
-            walk.run({n: observer(n) for n in kinds}, outputs=True)
-        return {n: float(max_scale(top.value(), 8, kinds[n] == "signed")) for n, top in tops.items()}
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """Return widths per layer."""
@@ -180,7 +167,7 @@ class PTQMinMax(Method):
         return {"facts": facts, "tables": [{"title": "Quantized layers", "rows": rows}]}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the names of the calibrated layers and the steps of the sums."""
+        """Return the names of the calibrated layers and the grids of the sums."""
         return {"reached": list(self._reached), "sums": dict(self._sums)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
