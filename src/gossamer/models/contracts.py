@@ -22,11 +22,13 @@ class AttentionView:
         name: Module path.
         kind: ``"global"`` (all tokens), ``"window"``.
         opened: Whether its products are already open (``ops.attention``).
+        heads: Number of heads.
     """
 
     name: str
     kind: str
     opened: bool
+    heads: int
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,12 @@ def sort_attention(model: nn.Module) -> tuple[list[AttentionView], list[str]]:
     views, strangers = [], []
     for name, module in model.named_modules():
         if isinstance(module, OpenAttention | OpenWindowAttention):
-            views.append(AttentionView(name, "global" if isinstance(module, OpenAttention) else "window", True))
+            kind = "global" if isinstance(module, OpenAttention) else "window"
+            views.append(AttentionView(name, kind, True, module.num_heads))
         elif type(module) is Attention:
-            views.append(AttentionView(name, "global", False))
+            views.append(AttentionView(name, "global", False, module.num_heads))
         elif type(module) is WindowAttention:
-            views.append(AttentionView(name, "window", False))
+            views.append(AttentionView(name, "window", False, module.num_heads))
         elif any(w in type(module).__name__.lower() for w in ("attention", "attn")) and any(
             isinstance(m, nn.Linear) for m in module.children()
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class ActStore(nn.Module):
     carries the grid it was packed with. Recomputation under activation checkpointing moves nothing.
 
     Args:
-        groups: Number of groups the dimension is cut into.
+        groups: Number of groups the dimension is cut into; where it does not divide, their greatest common divisor.
         dim: The dimension.
         bits: Width of a code, 2..8 (a byte each, whatever the width), or 32 for the tensor itself.
         ema: Share of the earlier range, lambda.
@@ -74,7 +75,7 @@ class ActStore(nn.Module):
             )
         if not 0 <= ema < 1:
             raise RecipeError(f"saved activations: ema={ema}; allowed is [0, 1)")
-        self.groups, self.dim, self.bits, self.ema, self.noise = groups, dim, bits, ema, noise
+        self.asked, self.dim, self.bits, self.ema, self.noise = groups, dim, bits, ema, noise
         self.seen = 0
         self.register_buffer("bounds", torch.tensor([[1.0], [0.0]]).repeat(1, groups), persistent=False)
 
@@ -82,12 +83,12 @@ class ActStore(nn.Module):
     def observe(self, x: Tensor) -> None:
         """Move the range towards that of ``x`` without keeping it (a training pass that will not be differentiated)."""
         if self.bits != EXACT_BITS and not in_recomputation():
-            self._move(arrange(x, self.dim, self.groups)[1])
+            self._move(arrange(x, self.dim, self._groups(x))[1])
 
     @torch.no_grad()
     def pack(self, x: Tensor) -> Packed:
         """Move the range and return ``x`` packed."""
-        layout, grouped = arrange(x, self.dim, self.groups)
+        layout, grouped = arrange(x, self.dim, self._groups(x))
         if self.bits == EXACT_BITS:
             return Packed(x.detach(), None, layout)
         if self.seen == 0 or not in_recomputation():
@@ -95,19 +96,26 @@ class ActStore(nn.Module):
         noise = self.noise.next() if self.noise is not None else None
         return Packed(*pack(grouped, self.bounds, 2**self.bits - 1, noise), layout)
 
+    def _groups(self, x: Tensor) -> int:
+        groups = math.gcd(self.asked, x.shape[self.dim])
+        if groups != self.bounds.shape[1]:
+            self.bounds = self.bounds[:, :1].repeat(1, groups)
+            self.seen = 0
+        return groups
+
     def _move(self, grouped: Any) -> None:
         move_range(grouped, self.bounds, 1 - self.ema, self.seen == 0)
         self.seen += 1
 
     def saved_state(self) -> dict[str, Any]:
         """Return range and count, for a checkpoint."""
-        return {"bounds": self.bounds.clone(), "seen": self.seen}
+        return {"bounds": self.bounds.clone(), "seen": self.seen, "asked": self.asked}
 
     def load_saved_state(self, state: dict[str, Any]) -> None:
         """Take over range and count; what was kept for another number of groups is left aside."""
-        if state["bounds"].shape == self.bounds.shape:
-            self.bounds.copy_(state["bounds"])
+        if state["asked"] == self.asked:
+            self.bounds = state["bounds"].to(self.bounds.device, copy=True)
             self.seen = int(state["seen"])
 
     def extra_repr(self) -> str:
-        return f"groups={self.groups}, dim={self.dim}, bits={self.bits}"
+        return f"groups={self.asked}, dim={self.dim}, bits={self.bits}"

@@ -58,11 +58,22 @@ static inline Floats load_lanes(const S* p) {
 }
 #endif
 static inline void store_lanes(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
+#if defined(__AVX512F__)
+static inline void store_lanes(uint16_t* p, Floats v) {  // as store() rounds
+  const __m512i bits = _mm512_castps_si512((__m512)v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+}
+#else
 static inline void store_lanes(uint16_t* p, Floats v) {
   float lanes[kWidth];
   __builtin_memcpy(lanes, &v, sizeof v);
   for (int l = 0; l < kWidth; ++l) store(p, l, lanes[l]);
 }
+#endif
 static inline float sum_lanes(Floats a) {
   float part[kWidth];
   __builtin_memcpy(part, &a, sizeof a);
@@ -166,9 +177,9 @@ static void dequantize(const uint8_t* q, Grouped g, int64_t begin, int64_t end, 
   for (int64_t r = begin; r < end; ++r) {
     for (int64_t k = 0; k < g.groups; ++k) {
       const float step = grid[k], beta = grid[g.groups + k];
-      const int64_t at = (r * g.groups + k) * g.inner;
-      for (int64_t i = 0; i < g.inner; ++i)
-        store(out, at + i, load(q, at + i) * step + beta);
+      const int64_t at = (r * g.groups + k) * g.inner, whole = g.inner / kWidth * kWidth;
+      for (int64_t i = 0; i < whole; i += kWidth) store_lanes(out + at + i, load_lanes(q + at + i) * step + beta);
+      for (int64_t i = whole; i < g.inner; ++i) store(out, at + i, load(q, at + i) * step + beta);
     }
   }
 }
