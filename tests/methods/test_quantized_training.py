@@ -48,7 +48,7 @@ def test_a_finished_model_is_the_trained_one_in_integers() -> None:
             self.kept = outputs(model, example_batch(example()))
             return super().finish(model)
 
-    method = Kept(bits=[2, 3, 4, 5, 6, 7])
+    method = Kept(bits=[2, 3, 4, 5, 6, 7], round_sums=False)
     done = _fixed(method)
     gap = (outputs(done.model, example_batch(example())) - method.kept).abs().max()
     assert gap <= 1e-4 * method.kept.abs().max()
@@ -56,7 +56,8 @@ def test_a_finished_model_is_the_trained_one_in_integers() -> None:
     assert sorted(m.weight_bits for m in layers) == [2, 3, 4, 5, 5, 6, 7, 7, 8, 8]
     assert all(m.weight.dtype == torch.int8 for m in layers)
     norms = [n for n, m in done.model.named_modules() if isinstance(m, nn.BatchNorm2d)]
-    assert len(norms) == 3 and not any(n.endswith("bn2") for n in norms)  # the others are folded
+    assert len(norms) == 3  # a sum comes before these
+    assert not any(n.endswith("bn2") for n in norms)  # the others are folded
 
 
 def test_changing_one_layers_width_changes_the_output() -> None:
@@ -141,3 +142,14 @@ def test_qat_with_sam_is_saq_at_one_width() -> None:
     kinds = ["weights", "norm", "bias", "act_clip"]
     two = run(example(), [QAT(bits=3), SAM(rho=0.2, perturb=kinds, norm_updates="both")]).model
     assert not differing(two, _fixed(SAQ(bits=3, rho=0.2)).model)
+
+
+def test_rounded_sums_stay_near_the_trained_model() -> None:
+    exact, rounded = (_fixed(SAQ(bits=4, round_sums=r)) for r in (False, True))
+    batch = example_batch(example())
+    gap = outputs(rounded.model, batch) - outputs(exact.model, batch)
+    assert 0 < gap.norm() < 0.1 * outputs(exact.model, batch).norm()
+    sums = [e["sums"] for _, e in rounded.stack.edits if e["do"] == "finish"]
+    assert set(sums[0]) == {"layer1.0.conv2", "layer2.0.conv2", "layer3.0.conv2", "layer2.0.downsample"} | set(
+        n for n in sums[0] if "downsample" in n
+    )

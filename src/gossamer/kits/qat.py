@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gossamer.core.errors import ModelError, RecipeError
 from gossamer.cost.ledger import cost, default_example
+from gossamer.kits.conv_layout import round_outputs
 from gossamer.kits.dataflow import Dataflow
 from gossamer.kits.folding import fold_norms
 from gossamer.kits.quant_layout import classifiers, unfit_padding
@@ -24,6 +25,7 @@ from gossamer.models.contracts import replace_module
 from gossamer.ops.grids import LayerGrids
 from gossamer.ops.int8 import int8_layer
 from gossamer.ops.liq import FLOAT_BITS, LIQConv2d, LIQLinear, check_width
+from gossamer.ops.quant import max_scale
 from gossamer.ops.switchable import SwitchableNorm
 
 __all__ = [
@@ -39,8 +41,10 @@ __all__ = [
     "foldable_norms",
     "init_clips",
     "layer_rows",
+    "open_sums",
     "qat_layers",
     "set_widths",
+    "sum_grids",
     "unwrap_layers",
     "wrap_layers",
 ]
@@ -411,9 +415,13 @@ def final_forms(model: nn.Module) -> dict[str, str]:
         if w == FLOAT_BITS and (a == FLOAT_BITS or layer.inputs == "float"):
             forms[name] = "float"
         else:
-            small = w <= DEPLOYED_BITS and (layer.inputs == "float" or a <= DEPLOYED_BITS)
-            forms[name] = "int8" if small else "simulated"
+            forms[name] = "int8" if _small(layer) else "simulated"
     return forms
+
+
+def _small(layer: LIQConv2d | LIQLinear) -> bool:
+    w, a = layer.widths
+    return w <= DEPLOYED_BITS and (layer.inputs == "float" or a <= DEPLOYED_BITS)
 
 
 def foldable_norms(model: nn.Module, forms: Mapping[str, str]) -> list[list[str]]:
@@ -426,6 +434,47 @@ def foldable_norms(model: nn.Module, forms: Mapping[str, str]) -> list[list[str]
     except ModelError:
         return []
     return [pair for pair in pairs if forms.get(pair[0]) == "int8"]
+
+
+def open_sums(model: nn.Module) -> dict[str, str]:
+    """Return grids (``"signed"``, ``"unsigned"``) of values that would be summed or pooled in float, by module path.
+
+    ONNX Runtime runs an integer convolution only where its output is rounded too. Empty for models without
+    convolutions between their layers' inputs, and where the dataflow cannot be traced.
+    """
+    layers = [n for n, m in qat_layers(model).items() if _small(m) and m.inputs != "float"]
+    if not any(isinstance(model.get_submodule(n), LIQConv2d) for n in layers):
+        return {}
+    try:
+        return Dataflow(model).open_tensors(layers)[0]
+    except ModelError:
+        return {}
+
+
+@torch.no_grad()
+def sum_grids(model: nn.Module, images: Tensor) -> dict[str, dict[str, Any]]:
+    """Return 8-bit grids (``kits.conv_layout.round_outputs``) for ``open_sums``: the largest value on the largest code.
+
+    Args:
+        model: Trained model, before ``finish_layers``; is put into evaluation mode.
+        images: [N, C, H, W].
+    """
+    kinds, tops = open_sums(model), {}
+
+    def seen(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            tops[name] = max(tops.get(name, 0.0), float(out.abs().max()))
+
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_hook(seen(n)) for n in kinds]
+    try:
+        model.eval()(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    steps = {n: float(max_scale(torch.tensor(top), DEPLOYED_BITS, kinds[n] == "signed")) for n, top in tops.items()}
+    return {n: {"bits": DEPLOYED_BITS, "kind": kinds[n], "step": step} for n, step in steps.items()}
 
 
 @torch.no_grad()
@@ -441,13 +490,19 @@ def _deployed(layer: LIQConv2d | LIQLinear, folds: bool) -> nn.Module:
     return int8_layer(layer, grids, weight_step, input_step, weight=layer.quantized_weight(), bias=bias)
 
 
-def finish_layers(model: nn.Module, forms: Mapping[str, str], norms: Sequence[Sequence[str]] = ()) -> nn.Module:
+def finish_layers(
+    model: nn.Module,
+    forms: Mapping[str, str],
+    norms: Sequence[Sequence[str]] = (),
+    sums: Mapping[str, Mapping[str, Any]] | None = None,
+) -> nn.Module:
     """Give every trainable layer its deployed form, and fold batch norms into the integer ones.
 
     Args:
         model: The trained model.
         forms: Form by path (``final_forms``).
         norms: Norms to fold (``foldable_norms``).
+        sums: Grids of further values (``sum_grids``); none: the finished model computes what the trained one did.
 
     Raises:
         ModelError: A path holds no trainable layer.
@@ -461,7 +516,7 @@ def finish_layers(model: nn.Module, forms: Mapping[str, str], norms: Sequence[Se
             replace_module(model, name, _deployed(layer, name in folded))
         elif form == "float":
             replace_module(model, name, _plain(layer))
-    return fold_norms(model, norms)
+    return round_outputs(fold_norms(model, norms), sums or {})
 
 
 def layer_rows(layout: QatLayout, widths: Mapping[str, Widths], forms: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -27,13 +27,14 @@ from gossamer.kits.qat import (
     init_clips,
     layer_rows,
     qat_layers,
+    sum_grids,
     wrap_layers,
 )
 from gossamer.ops.liq import check_width
 
 __all__ = ["QAT"]
 
-CLIPS = "qat.clips"
+CLIPS, SUMS = "qat.clips", "qat.sums"
 
 
 @dataclass
@@ -48,6 +49,8 @@ class QAT(Method):
         quantize_image: Put the image on a grid too; else it stays float and counts as 8 bit.
         clip_start: ``"paper"`` or ``"mse"`` (least squared error on one batch: better where training is short).
         clip_decay: Weight decay of the clips (published: that of the weights).
+        round_sums: In the finished model, round to 8 bits what convolutions hand to sums and means. ONNX Runtime needs
+            it to run them in integers; OpenVINO does without. Off: the finished model computes what was trained.
     """
 
     stage: ClassVar[str] = "precision"
@@ -60,7 +63,9 @@ class QAT(Method):
     quantize_image: bool = False
     clip_start: str = "paper"
     clip_decay: float = 0.0
+    round_sums: bool = True
     _layout: QatLayout | None = field(default=None, init=False, repr=False, compare=False)
+    _sums: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def prepare(self, model: nn.Module) -> Edit | None:
         """Check options and model; layers are put in place by the first phase, after whatever comes before it.
@@ -83,9 +88,11 @@ class QAT(Method):
         return find_layers(model, inputs=self.inputs, normalise=self.normalise, image_bits=self.quantize_image)
 
     def phases(self, plan: Plan) -> Plan:
-        """Quantize and start the clips before the recipe's own training."""
+        """Quantize and start the clips before the recipe's own training; see to the sums after it."""
         start = Phase(CLIPS, 1, turns=(), work=self._start)
-        return plan.before("fit", start) if any(p.name.split(".")[0] == "fit" for p in plan) else Plan((*plan, start))
+        trains = any(p.name.split(".")[0] == "fit" for p in plan)
+        plan = plan.before("fit", start) if trains else Plan((*plan, start))
+        return Plan((*plan, Phase(SUMS, 1, turns=(), work=self._round_sums))) if self.round_sums else plan
 
     def enter(self, model: nn.Module, phase: Phase) -> Edit | None:
         """Decide the layers."""
@@ -96,18 +103,22 @@ class QAT(Method):
         if not qat_layers(model):
             raise StateError(f"qat: no layer is quantized; run the phase {CLIPS!r} before finish")
         forms = final_forms(model)
-        return {"do": "finish", "forms": forms, "norms": foldable_norms(model, forms)}
+        return {"do": "finish", "forms": forms, "norms": foldable_norms(model, forms), "sums": self._sums}
 
     def apply(self, model: nn.Module, edit: Edit) -> nn.Module:
         """Put trainable layers in place, or give them their deployed form."""
         if edit["do"] == "finish":
-            return finish_layers(model, edit["forms"], edit["norms"])
+            return finish_layers(model, edit["forms"], edit["norms"], edit["sums"])
         self._layout = QatLayout.from_json(edit["layout"])
         widths = self._layout.widths(self.bits, self.first_last_bits)
         return wrap_layers(model, self._layout, {n: [w] for n, w in widths.items()})
 
     def _start(self, model: nn.Module, loaders: Mapping[str, Loader], step: Step) -> dict[str, float]:
         init_clips(model, first_batch(loaders, step), self.clip_start)
+        return {}
+
+    def _round_sums(self, model: nn.Module, loaders: Mapping[str, Loader], step: Step) -> dict[str, float]:
+        self._sums = sum_grids(model, first_batch(loaders, step))
         return {}
 
     def before_step(self, model: nn.Module, step: Step) -> None:
@@ -124,3 +135,11 @@ class QAT(Method):
         facts |= {f"left in float: {n}": why for n, why in self._layout.skipped.items()}
         rows = layer_rows(self._layout, widths, forms)
         return {"facts": facts, "tables": [{"title": "Quantized layers", "rows": rows}]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the grids of the sums."""
+        return {"sums": dict(self._sums)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self._sums = dict(state["sums"])

@@ -35,6 +35,7 @@ from gossamer.kits.qat import (
     layer_rows,
     qat_layers,
     set_widths,
+    sum_grids,
     unwrap_layers,
     wrap_layers,
 )
@@ -45,7 +46,9 @@ from gossamer.tasks.classification import Classification, logits_of
 
 __all__ = ["SAQ"]
 
-START, WARMUP, SEARCH, DERIVE, CLIPS = "saq.start", "saq.warmup", "saq.search", "saq.derive", "saq.clips"
+START, WARMUP, SEARCH, DERIVE, CLIPS, SUMS = (
+    "saq.start", "saq.warmup", "saq.search", "saq.derive", "saq.clips", "saq.sums",
+)  # fmt: skip
 
 
 @dataclass
@@ -62,6 +65,8 @@ class SAQ(Method):
         quantize_image: Put the image on a grid too; else it stays float and counts as 8 bit.
         clip_start: ``"paper"`` or ``"mse"`` (least squared error on one batch: better where training is short).
         clip_decay: Weight decay of the clips (published: that of the weights).
+        round_sums: In the finished model, round to 8 bits what convolutions hand to sums and means. ONNX Runtime needs
+            it to run them in integers; OpenVINO does without. Off: the finished model computes what was trained.
         rho: Norm of the perturbation; 0 is plain quantization-aware training.
         search_rho: The same while widths are searched; null: ``rho``.
         placement: ``"quantized"`` (case 3), ``"float"`` (case 2), ``"mixed"`` (case 1).
@@ -99,6 +104,7 @@ class SAQ(Method):
     quantize_image: bool = False
     clip_start: str = "paper"
     clip_decay: float = 0.0
+    round_sums: bool = True
     rho: float = 0.4
     search_rho: float | None = None
     placement: str = "quantized"
@@ -126,6 +132,7 @@ class SAQ(Method):
 
     _layout: QatLayout | None = field(default=None, init=False, repr=False, compare=False)
     _float: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _sums: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     _found: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False, compare=False)
     _widths: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -210,12 +217,12 @@ class SAQ(Method):
         if not qat_layers(model):
             raise StateError(f"saq: no layer is quantized; run the phase {CLIPS!r} before finish")
         forms = final_forms(model)
-        return {"do": "finish", "forms": forms, "norms": foldable_norms(model, forms)}
+        return {"do": "finish", "forms": forms, "norms": foldable_norms(model, forms), "sums": self._sums}
 
     def apply(self, model: nn.Module, edit: Edit) -> nn.Module:
         """Put trainable layers in place (switchable ones for a search), or give them their deployed form."""
         if edit["do"] == "finish":
-            return finish_layers(model, edit["forms"], edit["norms"])
+            return finish_layers(model, edit["forms"], edit["norms"], edit["sums"])
         if "layout" in edit:
             self._layout = QatLayout.from_json(edit["layout"])
         layout = self._known()
@@ -244,10 +251,11 @@ class SAQ(Method):
         """Lay the phases before the recipe's own training, which trains at the final widths."""
         clips = Phase(CLIPS, 1, turns=(), work=self._start)
         new = (*self._search_phases(), clips) if self.search else (clips,)
-        if not any(p.name.split(".")[0] == "fit" for p in plan):
-            return Plan((*plan, *new))
-        plan = plan.before("fit", *new)
-        return plan.swap("fit", lambda p: [self._finetune(p)]) if self.search else plan
+        trains = any(p.name.split(".")[0] == "fit" for p in plan)
+        plan = plan.before("fit", *new) if trains else Plan((*plan, *new))
+        if trains and self.search:
+            plan = plan.swap("fit", lambda p: [self._finetune(p)])
+        return Plan((*plan, Phase(SUMS, 1, turns=(), work=self._round_sums))) if self.round_sums else plan
 
     def _finetune(self, fit: Phase) -> Phase:
         turns = tuple(replace(t, loader=self.finetune_loader) if t.loader == "train" else t for t in fit.turns)
@@ -286,6 +294,10 @@ class SAQ(Method):
         if step.phase == START:
             self._policy().reset(step.generator("saq.policy"))
         init_clips(model, first_batch(loaders, step), self.clip_start)
+        return {}
+
+    def _round_sums(self, model: nn.Module, loaders: Mapping[str, Loader], step: Step) -> dict[str, float]:
+        self._sums = sum_grids(model, first_batch(loaders, step))
         return {}
 
     # -- step ------------------------------------------------------------------------------------
@@ -368,13 +380,13 @@ class SAQ(Method):
     def state_dict(self) -> dict[str, Any]:
         """Return the generator, the float weights that the final training starts from, and the compared rows."""
         extra = {} if self.extra is None else {"extra": self.extra.state_dict()}
-        return {**extra, "float": dict(self._float), "found": list(self._found)}
+        return {**extra, "float": dict(self._float), "found": list(self._found), "sums": dict(self._sums)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         if self.extra is not None:
             self.extra.load_state_dict(state["extra"])
-        self._float, self._found = dict(state["float"]), list(state["found"])
+        self._float, self._found, self._sums = dict(state["float"]), list(state["found"]), dict(state["sums"])
 
 
 def _task_loss(model: nn.Module, batch: Batch) -> Tensor:

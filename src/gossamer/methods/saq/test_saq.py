@@ -159,13 +159,13 @@ def _supernet(**options):
 
 def test_phases_and_their_schedule() -> None:
     _, _, _, plan = _supernet(warmup=0.5)
-    assert list(plan) == ["saq.start", "saq.warmup", "saq.search", "saq.derive", "saq.clips", "fit"]
+    assert list(plan) == ["saq.start", "saq.warmup", "saq.search", "saq.derive", "saq.clips", "fit", "saq.sums"]
     assert (plan["saq.warmup"].steps, plan["saq.search"].window.offset) == (2, 2)
     assert [t.loader for t in plan["saq.search"].turns] == ["train", "search"]
     assert plan["fit"].turns[0].loader == "all" and plan["fit"].fresh
     assert plan["saq.search"].optimizer["policy"]["betas"] == [0.5, 0.999]
     fixed = Stack([SAQ()]).phases(Plan([Phase("fit", 1, (Turn(),))]))
-    assert [p.name for p in fixed] == ["saq.clips", "fit"] and fixed[1].turns[0].loader == "train"
+    assert [p.name for p in fixed] == ["saq.clips", "fit", "saq.sums"] and fixed[1].turns[0].loader == "train"
 
 
 @pytest.mark.parametrize("bits", [2, 5])
