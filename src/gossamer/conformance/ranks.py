@@ -16,6 +16,7 @@ from torch import nn
 
 from gossamer.conformance.running import run
 from gossamer.core.registry import methods
+from gossamer.engine.distributed import make_accelerator, world
 
 __all__ = ["fingerprint", "main"]
 
@@ -32,6 +33,8 @@ def fingerprint(model: nn.Module) -> str:
 def main(rooms: Sequence[str]) -> int:
     """Run each room's example on all ranks; returns the exit code."""
     torch.set_num_threads(1)
+    if world() < 2:
+        raise SystemExit("one process compares with nobody; start this under torchrun --nproc-per-node 2")
     failed = 0
     for room in rooms:
         package = methods()[room].package if room in methods() else room
@@ -46,7 +49,5 @@ def main(rooms: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    from accelerate import PartialState
-
-    PartialState()
+    make_accelerator()  # joins the processes; Accelerate's own default finds no peers on a machine without a GPU
     sys.exit(main(sys.argv[1:]))
