@@ -38,8 +38,10 @@ def variants(name: str) -> dict[str, nn.Module]:
     for module in unfused.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
-    packed = gs.Stack([gs.Mesa()]).prepare(copy.deepcopy(fused))
-    linear = gs.Stack([gs.Mesa(kinds=("linear", "gelu", "layernorm"))]).prepare(copy.deepcopy(fused))
+    packed, linear = (
+        gs.Stack([method]).enter(copy.deepcopy(fused), gs.Phase("fit", 1))
+        for method in (gs.Mesa(), gs.Mesa(kinds=("linear", "gelu", "layernorm")))
+    )
     return {"fused attention": fused, "unfused attention": unfused, "mesa": packed, "mesa, fused attention": linear}
 
 

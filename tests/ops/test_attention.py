@@ -83,9 +83,13 @@ def test_closing_gives_the_library_back_its_attention(name: str) -> None:
     opened = model.get_submodule(views[0].name)
     opened.proj = nn.Linear(*reversed(opened.proj.weight.shape))  # parts that were exchanged go along
     opened.scores = nn.Identity()  # the library's attention could not compute this
+    opened.holders += 1
     close_attention(model, views[0].name)
     assert model.get_submodule(views[0].name) is opened
     opened.scores = MatMul()
+    assert open_attention(model, views[0].name) is opened  # somebody else needs it too
+    close_attention(model, views[0].name)
+    assert model.get_submodule(views[0].name) is opened
     for view, source in zip(views, before, strict=True):
         close_attention(model, view.name)
         assert model.get_submodule(view.name) is source

@@ -70,9 +70,13 @@ def attention_views(model: nn.Module) -> list[AttentionView]:
 
 
 def open_attention(model: nn.Module, name: str) -> nn.Module:
-    """Replace the attention at ``name`` by its open form (no-op if it already is) and return it."""
+    """Replace the attention at ``name`` by its open form (if it is not yet) and return it.
+
+    Whoever opens holds it open: ``close_attention`` closes what everybody has let go.
+    """
     module = model.get_submodule(name)
     if isinstance(module, OpenAttention | OpenWindowAttention):
+        module.holders += 1
         return module
     if type(module) is Attention:
         new: nn.Module = OpenAttention(module)
@@ -85,9 +89,12 @@ def open_attention(model: nn.Module, name: str) -> nn.Module:
 
 
 def close_attention(model: nn.Module, name: str) -> None:
-    """Put the library's own attention back at ``name``; an open one that it could not compute any more stays."""
+    """Let the attention at ``name`` go; the library's own comes back when nobody holds it open and it still fits."""
     module = model.get_submodule(name)
-    source = module.closed() if isinstance(module, OpenAttention | OpenWindowAttention) else None
+    if not isinstance(module, OpenAttention | OpenWindowAttention):
+        return
+    module.holders -= 1
+    source = module.closed() if module.holders == 0 else None
     if source is not None:
         replace_module(model, name, source)
 

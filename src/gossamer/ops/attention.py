@@ -73,6 +73,7 @@ class OpenAttention(nn.Module):
         qk_dim: Width of a head's queries and keys.
         v_dim: Width of a head's values.
         scale: Factor of the scores.
+        holders: How many methods need it open.
     """
 
     q: nn.Module
@@ -98,6 +99,7 @@ class OpenAttention(nn.Module):
         self.scores = MatMul()
         self.softmax = nn.Softmax(-1)
         self.values = MatMul()
+        self.holders = 1
         self._source = (source,)  # in a tuple: no submodule, or every parameter would be there twice
 
     def closed(self) -> nn.Module | None:
@@ -217,6 +219,7 @@ class OpenWindowAttention(nn.Module):
         self.scores = MatMul()
         self.softmax = nn.Softmax(-1)
         self.values = MatMul()
+        self.holders = 1
         self._source = (source,)
 
     def closed(self) -> nn.Module | None:

@@ -17,7 +17,7 @@ from gossamer.core.errors import ModelError, RecipeError
 from gossamer.core.method import Edit, Method
 from gossamer.core.schedule import Batch, Loader, Phase, Step
 from gossamer.methods.mesa.layers import is_packed, packs, plain, stores
-from gossamer.methods.mesa.policy import KINDS, Groups, Policy, choose, classes_by_name
+from gossamer.methods.mesa.policy import KINDS, Groups, Policy, choose, classes_by_name, packed_attention
 from gossamer.models.contracts import replace_module
 from gossamer.models.timm_adapter import close_attention, open_attention
 from gossamer.ops.act_store import ActStore, NoiseSource
@@ -59,12 +59,11 @@ class Mesa(Method):
     _noise: NoiseSource = field(default_factory=NoiseSource, init=False, repr=False)
     _live: dict[str, ActStore] = field(default_factory=dict, init=False, repr=False)
     _ranges: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
-    _opened: list[str] = field(default_factory=list, init=False, repr=False)
     _facts: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
-    # -- packing layers in, plain layers back --------------------------------------------------------
-    def prepare(self, model: nn.Module) -> Edit:
-        """Choose the layers that pack.
+    # -- packing layers in, plain layers back ----------------------------------------------------
+    def prepare(self, model: nn.Module) -> None:
+        """Check that something is to pack; layers change when a training phase is entered.
 
         Raises:
             RecipeError: An option is out of range.
@@ -78,7 +77,6 @@ class Mesa(Method):
                 f"mesa on {type(model).__name__}: no layer of kinds {', '.join(self.kinds)} matches include="
                 f"{list(self.include)} and exclude={list(self.exclude)}; left exact are {edit['exact'] or 'none'}"
             )
-        return edit
 
     def enter(self, model: nn.Module, phase: Phase) -> Edit | None:
         """Pack what trains; work that is no training sees the plain model."""
@@ -93,7 +91,9 @@ class Mesa(Method):
 
     def finish(self, model: nn.Module) -> Edit | None:
         """Put the plain layers back."""
-        return {"plain": True, "close": list(self._opened)} if any(map(is_packed, model.modules())) else None
+        if not any(map(is_packed, model.modules())):
+            return None
+        return {"plain": True, "close": packed_attention(model)}
 
     def apply(self, model: nn.Module, edit: Edit) -> nn.Module:
         """Exchange layers; ranges are kept by path over a time of plain layers."""
@@ -104,7 +104,7 @@ class Mesa(Method):
                     replace_module(model, path, plain(module))
             for path in edit["close"]:
                 close_attention(model, path)
-            self._live, self._opened = {}, []
+            self._live = {}
             return model
         for path in edit["opened"]:
             open_attention(model, path)
@@ -113,7 +113,6 @@ class Mesa(Method):
             cls = classes_by_name()[entry["class"]]
             kept = [self._store(entry["groups"], entry["dim"]).to(device) for _ in range(self._number(cls))]
             replace_module(model, path, packs(model.get_submodule(path), cls, kept))
-        self._opened += edit["opened"]
         self._live = dict(stores(model))
         for path, store in self._live.items():
             if store.seen == 0 and path in self._ranges:

@@ -16,7 +16,7 @@ from gossamer.models.timm_adapter import sort_attention, torch_kind
 from gossamer.ops.act_store import ActStore
 from gossamer.ops.attention import MatMul
 
-__all__ = ["CLASSES", "KINDS", "Groups", "Policy", "choose"]
+__all__ = ["CLASSES", "KINDS", "Groups", "Policy", "choose", "classes_by_name", "packed_attention"]
 
 CLASSES: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -119,8 +119,8 @@ def choose(model: nn.Module, policy: Policy) -> dict[str, Any]:
     """Return, as plain JSON, the layers that are to pack and do not yet.
 
     Returns:
-        ``packed``: {path: class, groups, dim}; ``opened``: attention to open for it; ``exact``: layers that would
-        keep activations but cannot pack, and attention that cannot be opened.
+        ``packed``: {path: class, groups, dim}; ``opened``: attention to open (or to hold open) for it; ``exact``:
+        layers that would keep activations but cannot pack, and attention that cannot be opened.
     """
     views, strangers = sort_attention(model)
     inside = {v.name for v in views}
@@ -134,7 +134,7 @@ def choose(model: nn.Module, policy: Policy) -> dict[str, Any]:
             present = type(getattr(attention, leaf)) is cls if view.opened else True
             if present and policy.takes(path, CLASSES[cls]):
                 packed[path] = {"class": cls.__name__, "groups": groups, "dim": 1}
-        if not view.opened and any(f"{view.name}.{leaf}" in packed for leaf in _ATTENTION):
+        if any(f"{view.name}.{leaf}" in packed for leaf in _ATTENTION):
             opened.append(view.name)
     width, channels_last = 1, True
     for path, module in model.named_modules():
@@ -151,6 +151,12 @@ def choose(model: nn.Module, policy: Policy) -> dict[str, Any]:
                 exact.append(f"{path} ({name})")
         width = int(getattr(module, "out_features", getattr(module, "out_channels", width)))
     return {"packed": packed, "opened": opened, "exact": exact}
+
+
+def packed_attention(model: nn.Module) -> list[str]:
+    """Return the paths of open attention in which something packs."""
+    opened = [v.name for v in sort_attention(model)[0] if v.opened]
+    return [n for n in opened if any(is_packed(getattr(model.get_submodule(n), leaf)) for leaf in _ATTENTION)]
 
 
 def classes_by_name() -> Mapping[str, type[nn.Module]]:

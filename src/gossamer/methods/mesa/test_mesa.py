@@ -20,12 +20,15 @@ from gossamer.core.stack import Stack
 from gossamer.cost.saved import saved_tensors
 from gossamer.methods.mesa import Mesa
 from gossamer.methods.mesa.layers import is_packed, stores
+from gossamer.models.timm_adapter import open_attention
+from gossamer.ops.attention import OpenAttention
 from gossamer.ops.group_pack import arrange, move_range, pack, unpack
 from gossamer.tasks.classification import Classification
 
 HERE = Path(__file__).parent
 ORACLE = json.loads((HERE / "oracle.json").read_text())
 FIGURES = {f["name"]: f for f in tomllib.loads((HERE / "figures.toml").read_text())["figure"]}
+FIT = Phase("fit", 1)
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 10}
 
 
@@ -66,6 +69,12 @@ def swin() -> nn.Module:
 def resnet() -> nn.Module:
     torch.manual_seed(0)
     return timm.create_model("resnet18", num_classes=5)
+
+
+def packing(model: nn.Module, **options: Any) -> nn.Module:
+    """Return the model as a training phase sees it."""
+    stack = Stack([Mesa(**options)])
+    return stack.enter(stack.prepare(model), FIT)
 
 
 def dim_of(shape: list[int]) -> int:
@@ -145,7 +154,7 @@ def train_pass(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[Tens
 def test_forward_is_exact_and_gradients_are_close(name: str, dtype: torch.dtype | None) -> None:
     torch.manual_seed(0)
     plain = MODELS[name]()
-    packed = Stack([Mesa()]).prepare(copy.deepcopy(plain))
+    packed = packing(copy.deepcopy(plain))
     (expected, exact), (out, grads) = train_pass(plain, dtype), train_pass(packed, dtype)
     assert torch.equal(out, expected)  # dropout and drop-path drew the same: the rounding has numbers of its own
     assert grads.keys() == exact.keys() and plain.state_dict().keys() == packed.state_dict().keys()
@@ -160,14 +169,15 @@ def test_forward_is_exact_and_gradients_are_close(name: str, dtype: torch.dtype 
 
 def test_kept_exactly_the_gradients_are_the_plain_ones() -> None:
     plain = vit()
-    packed = Stack([Mesa(bits=32)]).prepare(copy.deepcopy(plain))
+    packed = packing(copy.deepcopy(plain), bits=32)
     for (name, a), b in zip(train_pass(plain)[1].items(), train_pass(packed)[1].values(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, msg=name)
 
 
 def test_evaluation_touches_no_state() -> None:
     method = Mesa()
-    model = Stack([method]).prepare(vit())
+    stack = Stack([method])
+    model = stack.enter(stack.prepare(vit()), FIT)
     train_pass(model)
     before = method.state_dict()
     model.eval()(image(model))
@@ -194,7 +204,7 @@ def test_a_block_keeps_what_the_formula_says(
     options: dict, figure: str, stored: int, dtype: torch.dtype | None
 ) -> None:
     b, n, c, heads = 2, 17, 24, 3
-    model = Stack([Mesa(**options)]).prepare(vit())
+    model = packing(vit(), **options)
     statistics, grids = 2 * 2 * b * n * 4, stored * 2 * heads * 4
     tokens = FIGURES["block_bytes_per_bnc"]["value"] * b * n * c
     scores = FIGURES[f"{figure}block_bytes_per_bhnn"]["value"] * b * heads * n * n
@@ -216,13 +226,15 @@ def test_share_of_deit_small(name: str, fused: bool) -> None:
         return sum(s.bytes for s in found if s.module in inside and not s.weight_copy)
 
     plain = total(model)
-    share = total(Stack([Mesa()]).prepare(model)) / plain
+    share = total(packing(model)) / plain
     assert share == pytest.approx(FIGURES[name]["value"], abs=FIGURES[name]["tolerance"])
 
 
 # -- policy ----------------------------------------------------------------------------------------
 def chosen(model: nn.Module, **options: Any) -> dict[str, Any]:
-    return Mesa(**options).prepare(model)
+    edit = Mesa(**options).enter(model, FIT)
+    assert edit is not None
+    return edit
 
 
 def test_head_wise_groups_follow_the_nearest_attention() -> None:
@@ -254,7 +266,7 @@ def test_layers_that_cannot_pack_are_named_and_left_exact() -> None:
     assert "blocks.0.mlp.fc2" in edit["packed"] and not edit["opened"]
     assert any("ls1 (LayerScale)" in e for e in chosen(vit("deit3_small_patch16_224"))["exact"])
     method = Mesa()
-    Stack([method]).prepare(eva)
+    Stack([method]).enter(eva, FIT)
     assert "blocks.0.attn (EvaAttention)" in method.describe(eva)["facts"]["left_exact"]
 
 
@@ -283,7 +295,7 @@ def test_no_effect_is_an_error() -> None:
 def test_a_finished_model_is_the_plain_one() -> None:
     plain = vit()
     stack = Stack([Mesa()])
-    model = stack.prepare(copy.deepcopy(plain))
+    model = stack.enter(stack.prepare(copy.deepcopy(plain)), FIT)
     train_pass(model)
     model = stack.finish(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
@@ -293,16 +305,16 @@ def test_a_finished_model_is_the_plain_one() -> None:
 
 def test_layers_that_come_later_pack_from_the_next_phase_on() -> None:
     method = Mesa()
-    stack, fit = Stack([method]), Phase("fit", 1)
-    model = stack.enter(stack.prepare(vit()), fit)
+    stack = Stack([method])
+    model = stack.enter(stack.prepare(vit()), FIT)
     train_pass(model)
     before = method.state_dict()["ranges"]
-    model = stack.leave(model, fit)
+    model = stack.leave(model, FIT)
     assert not any(map(is_packed, model.modules()))
     model.blocks.append(copy.deepcopy(model.blocks[1]))
     model = stack.enter(model, Phase("work", 1, work=lambda *a: None))
     assert not any(map(is_packed, model.modules()))
-    model = stack.enter(model, fit)
+    model = stack.enter(model, FIT)
     seen = {path: store.seen for path, store in stores(model)}
     assert seen["blocks.1.mlp.fc1.store"] == 1 and seen["blocks.2.mlp.fc1.store"] == 0
     assert all(torch.equal(dict(stores(model))[p].bounds, s["bounds"]) for p, s in before.items())
@@ -310,7 +322,7 @@ def test_layers_that_come_later_pack_from_the_next_phase_on() -> None:
 
 
 def test_layers_cut_while_packed_stay_right() -> None:
-    model = Stack([Mesa(grouping=1)]).prepare(vit())
+    model = packing(vit(), grouping=1)
     mlp = model.blocks[0].mlp
     with torch.no_grad():
         for layer, name, dim in ((mlp.fc1, "weight", 0), (mlp.fc1, "bias", 0), (mlp.fc2, "weight", 1)):
@@ -318,6 +330,23 @@ def test_layers_cut_while_packed_stay_right() -> None:
     train_pass(model)
     finished = Stack([Mesa()]).finish(model)
     assert type(finished.blocks[0].mlp.fc1) is nn.Linear and len(finished.blocks[0].mlp.fc1.weight) == 40
+
+
+def test_attention_that_another_method_needs_open_stays_open() -> None:
+    stack = Stack([Mesa()])
+    model = stack.enter(stack.prepare(vit()), FIT)
+    held = open_attention(model, "blocks.0.attn")
+    model = stack.leave(model, FIT)
+    assert model.blocks[0].attn is held and held.fusable
+    assert not isinstance(model.blocks[1].attn, OpenAttention)
+
+
+def test_a_copied_block_becomes_plain_too() -> None:
+    stack = Stack([Mesa()])
+    model = stack.enter(stack.prepare(vit()), FIT)
+    model.blocks.append(copy.deepcopy(model.blocks[0]))  # a method that grows may copy before the phase is left
+    model = stack.leave(model, FIT)
+    assert not any(isinstance(m, OpenAttention) or is_packed(m) for m in model.modules())
 
 
 def test_two_forward_passes_before_the_backward_pass() -> None:
@@ -331,7 +360,7 @@ def test_two_forward_passes_before_the_backward_pass() -> None:
         return model.blocks[0].mlp.fc1.weight.grad
 
     plain = vit()
-    packed = Stack([Mesa()]).prepare(copy.deepcopy(plain))
+    packed = packing(copy.deepcopy(plain))
     exact, ours = gradient(plain), gradient(packed)
     assert (ours - exact).norm() < 0.1 * exact.norm()
 
@@ -340,7 +369,8 @@ def test_checkpointed_blocks_move_their_ranges_once() -> None:
     results = []
     for checkpointed in (False, True):
         method = Mesa(rounding="nearest")
-        model = Stack([method]).prepare(vit())
+        stack = Stack([method])
+        model = stack.enter(stack.prepare(vit()), FIT)
         model.set_grad_checkpointing(checkpointed)
         for _ in range(2):
             grads = train_pass(model)[1]
@@ -356,7 +386,7 @@ def test_roundings_follow_from_the_step_alone() -> None:
     def gradients(step: Step) -> list[Tensor]:
         method = Mesa()
         stack = Stack([method])
-        model = stack.prepare(vit())
+        model = stack.enter(stack.prepare(vit()), FIT)
         batch = {"image": image(model), "target": torch.arange(4)}
         stack.loader("train", lambda s: batch)(step)
         params = stack.groups(model)["weights"]
