@@ -6,7 +6,8 @@ Random weights (speed does not depend on them); steps from the largest values on
 of one runtime are timed in one interleaved run; ratios above 1 mean faster. Peers (NNCF, ONNX Runtime's
 static quantization) start from the same dense graph and are left out where not installed. Rows with odd
 weights hold the 8-bit grid without a zero that quantization-aware methods learn (exact, or on the
-symmetric grid that covers it). ``--page`` writes the table of all results measured so far.
+symmetric grid that covers it). Widths below 8 bits run on the kernels of 8: they save bytes, not time.
+``--page`` writes the table of all results measured so far.
 """
 
 from __future__ import annotations

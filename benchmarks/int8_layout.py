@@ -1,6 +1,6 @@
 """What each rewrite of an 8-bit graph is worth, and how dense graphs are best exported (DeiT-S shapes).
 
-    python benchmarks/int8_layout.py --runtime openvino --precision bf16 --batch 8
+    python benchmarks/int8_layout.py --runtime openvino --precision bf16 --batch 8 >> benchmarks/int8_layout.md
 
 Random weights, every layer and both attention products in 8 bits with steps from the largest values
 on random images. All graphs of a call are timed in one interleaved run; a ratio is the first row's time
@@ -20,22 +20,16 @@ import timm
 import torch
 from torch import nn
 
+import gossamer as gs
 from gossamer.cost.latency import bench, ratio
 from gossamer.export.layout import STEPS, lay_out
 from gossamer.export.onnx import trace, write
-from gossamer.models.contracts import replace_module
-from gossamer.models.timm_adapter import attention_views, open_attention
-from gossamer.ops.attention import MatMul
-from gossamer.ops.int8 import Int8Conv2d, Int8Linear, Int8MatMul
+from gossamer.kits.calibration import calibrate
 from gossamer.runtimes import get
 from gossamer.runtimes.openvino import core, import_openvino
 from gossamer.runtimes.session import int8_share
 
 SIZE = (3, 224, 224)
-
-
-class Watched(MatMul):
-    """A product that the fused kernel must not replace, so that its operands can be seen."""
 
 
 def dense_model(name: str) -> nn.Module:
@@ -45,33 +39,6 @@ def dense_model(name: str) -> nn.Module:
     for key, parameter in model.named_parameters():
         if key.endswith("bias"):
             nn.init.normal_(parameter, std=0.02)
-    return model
-
-
-def in_8_bits(model: nn.Module) -> nn.Module:
-    """Return a copy in 8 bits: per-channel weights, unsigned softmax output."""
-    model = copy.deepcopy(model)
-    for view in attention_views(model):
-        attention = open_attention(model, view.name)
-        attention.scores, attention.values = Watched(), Watched()
-    tops: dict[str, list[float]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d | MatMul):
-            module.register_forward_pre_hook(
-                lambda m, args, name=name: tops.update({name: [float(a.abs().max()) for a in args]})
-            )
-    with torch.no_grad():
-        model(torch.randn(2, *SIZE))
-    for name, top in tops.items():
-        old = model.get_submodule(name)
-        if isinstance(old, MatMul):
-            soft = name.endswith("values")
-            new = Int8MatMul.from_scales(top[0] / (255 if soft else 127), top[1] / 127, signed=(not soft, True))
-        else:
-            step = old.weight.detach().flatten(1).abs().amax(1) / 127
-            form = Int8Linear if isinstance(old, nn.Linear) else Int8Conv2d
-            new = form.from_scales(old, step, top[0] / 127)
-        replace_module(model, name, new)
     return model
 
 
@@ -129,7 +96,8 @@ def graphs(runtime: str, name: str, batch: int, folder: Path) -> dict[str, Path]
         found |= {f"{label}, dense laid out": path for label, path in peers(ours, batch)}
     else:
         found |= dict(peers(plain, batch))
-    eight = in_8_bits(dense)
+    method = gs.PTQMinMax(per_channel=True, unsigned_softmax=True, images=2)
+    eight = calibrate(method, copy.deepcopy(dense), torch.randn(2, *SIZE))
     add("int8, as traced", eight, lay=False)
     for step in STEPS[runtime]:
         leave = step.__name__.lstrip("_")
@@ -154,13 +122,15 @@ def main(argv: list[str] | None = None) -> None:
         engine = get(args.runtime)
         sessions = [engine.load(p, precision=args.precision, threads=args.threads) for p in found.values()]
         timings = bench(sessions, x, rounds=args.rounds, names=list(found))
-        print(f"| {args.runtime} {args.precision}, batch {args.batch} | ms | ratio | int8 share of products |")
-        print("|---|---|---|---|")
+        title = f"{args.model}, {args.runtime} {args.precision}, batch {args.batch}"
+        print(f"\n| {title} | ms | ratio | int8 share of products | trusted |")
+        print("|---|---|---|---|---|")
         for (label, path), timing in zip(found.items(), timings, strict=True):
             session = engine.load(path, precision=args.precision, threads=args.threads, profile=True)
             session.run(x)
             share = int8_share(session.profile(), by="count")
-            print(f"| {label} | {timing.median_ms:.1f} | {ratio(timings[0], timing)[1]:.3f} | {share:.2f} |")
+            figures = f"{timing.median_ms:.1f} | {ratio(timings[0], timing)[1]:.3f} | {share:.2f}"
+            print(f"| {label} | {figures} | {timing.trusted} |")
 
 
 if __name__ == "__main__":

@@ -72,6 +72,10 @@ def test_edits_are_replayed_and_accumulate(tmp_path: Path, packing):
     assert edits == [["pack_head", {"bits": 8}, {"bits": 8}]]
     again = store.load(tmp_path / "m")
     assert again.head.weight.dtype == torch.int8 and torch.equal(again(IMAGES), model(IMAGES))
+    file = tmp_path / "m" / "model.json"
+    old = {k: v for k, v in json.loads(file.read_text()).items() if k != "packed"}  # as older releases wrote it
+    file.write_text(json.dumps({**old, "version": 1}))
+    assert torch.equal(store.load(tmp_path / "m")(IMAGES), model(IMAGES))
     store.save(again, tmp_path / "n")
     assert torch.equal(store.load(tmp_path / "n")(IMAGES), model(IMAGES))
 

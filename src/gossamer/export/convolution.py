@@ -146,6 +146,7 @@ def _is_patch_embedding(node: ir.Node) -> bool:
         node.op_type == "Conv"
         and kernel is not None
         and len(kernel) == 2
+        and max(kernel) > 1  # of one pixel: the transposes cost more than int8 saves
         and list(attribute(node, "strides") or ()) == list(kernel)
         and not any(attribute(node, "pads") or ())
         and set(attribute(node, "dilations") or (1,)) == {1}
