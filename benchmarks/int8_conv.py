@@ -149,6 +149,8 @@ def losses(models: dict[str, nn.Module], images: Tensor) -> dict[str, float]:
 def page(results: dict[str, Any]) -> str:
     """Return all results as a page."""
     lines = ["# Convolutional networks in 8 bits", "", *str(__doc__).strip().splitlines()[4:], ""]
+    if not all(r["trusted"] for entry in results.values() for r in entry["rows"]):
+        lines += ["Rows that are not trusted ran beside other load: times are too long, and ratios rough.", ""]
     for name, entry in results.items():
         rows = entry["rows"]
         lines += [f"## {name}, {entry['device']}, {entry['threads']} threads", ""]
