@@ -450,3 +450,9 @@ def test_gates_exist_only_during_the_search() -> None:
     assert len(stack.groups(model)["arch"]) == 6
     model = stack.leave(model, phase)
     assert "arch" not in stack.groups(model)
+
+
+def test_search_may_read_images_of_its_own() -> None:
+    for loader in ("train", "search"):
+        plan = DiffRate(loader=loader).phases(Plan([Phase("fit", 1)]))
+        assert [t.loader for p in plan for t in p.turns] == [loader, "train"]
