@@ -13,8 +13,10 @@ symmetric grid that covers it). Widths below 8 bits run on the kernels of 8: the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,7 +87,8 @@ def peers(runtime: str, dense: Path, images: Tensor) -> Iterator[tuple[str, Path
             return
         import openvino as ov
 
-        made = nncf.quantize(ov.Core().read_model(str(dense)), nncf.Dataset([i[None].numpy() for i in images]))
+        with contextlib.redirect_stdout(sys.stderr):  # its progress bars
+            made = nncf.quantize(ov.Core().read_model(str(dense)), nncf.Dataset([i[None].numpy() for i in images]))
         out = dense.with_name("nncf.xml")
         ov.save_model(made, str(out), compress_to_fp16=False)
         yield "NNCF int8", out

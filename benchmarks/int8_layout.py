@@ -10,7 +10,9 @@ over the row's. Peers (NNCF; ONNX Runtime's dynamic quantization) are measured w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,10 +55,11 @@ def peers(dense: Path, batch: int) -> Iterator[tuple[str, Path]]:
 
         rng = np.random.default_rng(0)
         images = [rng.standard_normal((batch, *SIZE), dtype=np.float32) for _ in range(32 // batch)]
-        made = nncf.quantize(
-            core().read_model(str(dense)), nncf.Dataset(images),
-            model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images),
-        )  # fmt: skip
+        with contextlib.redirect_stdout(sys.stderr):  # its progress bars
+            made = nncf.quantize(
+                core().read_model(str(dense)), nncf.Dataset(images),
+                model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images),
+            )  # fmt: skip
         out = dense.with_name(f"nncf-{dense.stem}.xml")
         ov.save_model(made, str(out), compress_to_fp16=False)
         yield "NNCF", out

@@ -122,6 +122,14 @@ def _written(graph, folder):
     return folder / "model.onnx"
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_of_a_float_input_stay_int8_in_the_file(bits):
+    layer = int8_layer(nn.Conv2d(3, 64, 7), LayerGrids(bits, 32, "odd", "float"), 0.1 / 2**bits).eval()
+    graph = trace(layer, IMAGES)
+    wide = [v for v in graph.graph.initializers.values() if v.const_value.size == layer.weight.numel()]
+    assert [v.dtype for v in wide] == [ir.DataType.INT8]
+
+
 def test_narrow_weights_fill_int8(tmp_path):
     graph = trace(small_net(LayerGrids(2, 4, "odd", "unsigned")), IMAGES)
     lay_out(graph, "onnxruntime")

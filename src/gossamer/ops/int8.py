@@ -178,10 +178,11 @@ class _Int8Weights(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for ``x``: [..., in] -> [..., out] or [B, in, H, W] -> [B, out, H', W']."""
-        if self.input_grid is None:
-            return self._product(x, self.dequantized_weight(), self.bias)
-        codes = self.input_grid.codes(x)
         weight = dequantize(self.weight, self.weight_scale, self.weight_zero_point, 0)
+        if self.input_grid is None:
+            half = (self.weight_scale / 2).reshape(-1, *[1] * (weight.dim() - 1))
+            return self._product(x, weight + half if self.grids.halved else weight, self.bias)
+        codes = self.input_grid.codes(x)
         y = self._product(codes, weight, self.bias)
         if self.grids.halved:
             y = y + self._per_channel(self.weight_scale / 2) * self._sums(codes)

@@ -15,7 +15,6 @@ __all__ = [
     "ScoreView",
     "all_pairs",
     "nuclear_norm",
-    "pair_order",
     "projection_scores",
     "ranking_loss",
     "sample_pairs",
@@ -93,14 +92,9 @@ class RankingLoss:
         return (total * self._scale).to(scores.dtype)
 
     def agreement(self, scores: Tensor) -> float:
-        """Return the pair order tau of ``scores`` in [-1, 1]: concordant minus discordant, over ordered pairs."""
+        """Return Kendall's tau of ``scores`` in [-1, 1]: concordant minus discordant, over pairs the target orders."""
         good = sum(int((_gaps(x, self._pairs).sign() * s).sum()) for x, s in zip(scores, self._signs, strict=True))
         return good / max(1, sum(int(s.count_nonzero()) for s in self._signs))
-
-
-def pair_order(scores: Tensor, target: Tensor) -> float:
-    """Return Kendall's tau over all key pairs, ties in the target left out."""
-    return RankingLoss(target).agreement(scores)
 
 
 @dataclass(frozen=True)
