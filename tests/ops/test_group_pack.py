@@ -12,6 +12,7 @@ from gossamer.kernels import cpu
 from gossamer.ops.group_pack import (
     arrange,
     move_range,
+    no_bounds,
     pack,
     plain_move_range,
     plain_pack,
@@ -58,10 +59,10 @@ def tensors() -> list[tuple[str, Tensor, int, int]]:
 def test_native_equals_plain(isa: str, name: str, x: Tensor, dim: int, groups: int, dtype: torch.dtype) -> None:
     x = x.to(dtype)
     layout, grouped = arrange(x, dim, groups)
-    ours, theirs = torch.zeros(2, groups), torch.zeros(2, groups)
-    for first in (True, False):
-        cpu.move_range(grouped, ours, 0.1, first)
-        plain_move_range(grouped, theirs, 0.1, first)
+    ours, theirs = no_bounds(groups), no_bounds(groups)
+    for _ in range(2):
+        cpu.move_range(grouped, ours, 0.1)
+        plain_move_range(grouped, theirs, 0.1)
         assert torch.equal(ours, theirs)
         ours, theirs = ours * 0.8, theirs * 0.8  # later values fall outside
     for noise in (None, (0x1234567890ABCD, 7)):
@@ -81,8 +82,8 @@ def test_threads_change_nothing() -> None:
     for threads in (1, 2, 5):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        bounds = torch.zeros(2, 3)
-        cpu.move_range(grouped, bounds, 0.1, True)
+        bounds = no_bounds(3)
+        cpu.move_range(grouped, bounds, 0.1)
         results.append((bounds, *cpu.pack(grouped, bounds, LEVELS, (3, 4))))
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
@@ -95,8 +96,8 @@ def packed(x: Tensor, bounds: Tensor, noise: tuple[int, int] | None, levels: int
 
 
 def range_of(x: Tensor, groups: int) -> Tensor:
-    bounds = torch.zeros(2, groups)
-    move_range(arrange(x, -1, groups)[1], bounds, 0.1, True)
+    bounds = no_bounds(groups)
+    move_range(arrange(x, -1, groups)[1], bounds, 0.1)
     return bounds
 
 

@@ -57,11 +57,11 @@ def _address(x: Tensor, dtype: torch.dtype, size: int) -> int:
     return x.data_ptr()
 
 
-def move_range(x: Grouped, bounds: Tensor, take: float, first: bool) -> None:
-    """Move ``bounds`` [2, G] (alpha, beta) towards range and minimum of ``x`` by ``take``, or onto if ``first``."""
+def move_range(x: Grouped, bounds: Tensor, take: float) -> None:
+    """Move ``bounds`` [2, G] (alpha, beta) towards range and minimum of ``x`` by ``take``; alpha < 0: none yet."""
     _native.move_range(
         _TYPES[x.data.dtype], x.data.data_ptr(), x.rows, x.stride, x.groups, x.inner,
-        _address(bounds, torch.float32, 2 * x.groups), take, first, torch.get_num_threads(),
+        _address(bounds, torch.float32, 2 * x.groups), take, torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -92,8 +92,8 @@ if triton is not None:
         tl.store(out + e, v.to(out.dtype.element_ty), mask=e < size)
 
 
-def move_range(x: Grouped, bounds: Tensor, take: float, first: bool) -> None:
-    """Move ``bounds`` [2, G] (alpha, beta) towards range and minimum of ``x`` by ``take``, or onto if ``first``."""
+def move_range(x: Grouped, bounds: Tensor, take: float) -> None:
+    """Move ``bounds`` [2, G] (alpha, beta) towards range and minimum of ``x`` by ``take``; alpha < 0: none yet."""
     per_group = x.rows * x.inner
     stretches = triton.cdiv(per_group, _BLOCK)
     lo = torch.empty(stretches, x.groups, device=x.data.device)
@@ -101,7 +101,7 @@ def move_range(x: Grouped, bounds: Tensor, take: float, first: bool) -> None:
     _extremes[(stretches, x.groups)](x.data, lo, hi, per_group, x.stride, x.groups, x.inner, BLOCK=_BLOCK)
     low, high = lo.amin(0), hi.amax(0)
     new = torch.stack([high - low, low])
-    bounds.copy_(new if first else bounds - take * (bounds - new))
+    bounds.copy_(torch.where(bounds[0] < 0, new, bounds - take * (bounds - new)))
 
 
 def pack(x: Grouped, bounds: Tensor, levels: int, noise: tuple[int, int] | None) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import RecipeError
-from gossamer.ops.group_pack import Packed, arrange, move_range, pack
+from gossamer.ops.group_pack import Packed, arrange, move_range, no_bounds, pack
 
 __all__ = ["EXACT_BITS", "ActStore", "NoiseSource", "in_recomputation"]
 
@@ -59,7 +59,7 @@ class ActStore(nn.Module):
         noise: Source of stochastic rounding, or ``None`` to round to nearest.
 
     Attributes:
-        bounds: Alpha and beta of every group [2, G]; not part of a state dict.
+        bounds: Alpha and beta of every group [2, G], alpha -1 before the first call; not part of a state dict.
         seen: Calls that moved the range.
     """
 
@@ -77,7 +77,7 @@ class ActStore(nn.Module):
             raise RecipeError(f"saved activations: ema={ema}; allowed is [0, 1)")
         self.asked, self.dim, self.bits, self.ema, self.noise = groups, dim, bits, ema, noise
         self.seen = 0
-        self.register_buffer("bounds", torch.tensor([[1.0], [0.0]]).repeat(1, groups), persistent=False)
+        self.register_buffer("bounds", no_bounds(groups), persistent=False)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
@@ -99,12 +99,12 @@ class ActStore(nn.Module):
     def _groups(self, x: Tensor) -> int:
         groups = math.gcd(self.asked, x.shape[self.dim])
         if groups != self.bounds.shape[1]:
-            self.bounds = self.bounds[:, :1].repeat(1, groups)
+            self.bounds = no_bounds(groups, self.bounds.device)
             self.seen = 0
         return groups
 
     def _move(self, grouped: Any) -> None:
-        move_range(grouped, self.bounds, 1 - self.ema, self.seen == 0)
+        move_range(grouped, self.bounds, 1 - self.ema)
         self.seen += 1
 
     def saved_state(self) -> dict[str, Any]:

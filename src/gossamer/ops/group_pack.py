@@ -25,6 +25,7 @@ __all__ = [
     "Packed",
     "arrange",
     "move_range",
+    "no_bounds",
     "pack",
     "plain_move_range",
     "plain_pack",
@@ -34,6 +35,11 @@ __all__ = [
 
 FLAT = 1e-35
 """A group whose range is not above this counts as constant and comes back as beta."""
+
+
+def no_bounds(groups: int, device: torch.device | str | None = None) -> Tensor:
+    """Return the bounds [2, G] of groups that have seen nothing."""
+    return torch.tensor([[-1.0], [0.0]], device=device).repeat(1, groups)
 
 
 @dataclass(frozen=True)
@@ -137,11 +143,11 @@ def _cut(x: Grouped) -> Tensor:
     return flat.reshape(x.rows, x.groups, x.inner).float()
 
 
-def plain_move_range(x: Grouped, bounds: Tensor, take: float, first: bool) -> None:
+def plain_move_range(x: Grouped, bounds: Tensor, take: float) -> None:
     """See ``move_range``."""
     low, high = _cut(x).amin((0, 2)), _cut(x).amax((0, 2))
     new = torch.stack([high - low, low])
-    bounds.copy_(new if first else bounds - take * (bounds - new))
+    bounds.copy_(torch.where(bounds[0] < 0, new, bounds - take * (bounds - new)))
 
 
 def plain_pack(
@@ -166,17 +172,17 @@ def plain_unpack(codes: Grouped, grid: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 # -- native or plain -------------------------------------------------------------------------------
-def move_range(x: Grouped, bounds: Tensor, take: float, first: bool) -> None:
+def move_range(x: Grouped, bounds: Tensor, take: float) -> None:
     """Move running ranges towards those of ``x``: ``alpha <- alpha - take (alpha - (max - min))``, beta likewise.
 
     Args:
         x: Values.
-        bounds: Alpha and beta of every group [2, G] float32, changed in place.
+        bounds: Alpha and beta of every group [2, G] float32, changed in place; an alpha below 0 says
+            that there is no earlier value.
         take: Share of the new values, 1 - lambda.
-        first: Replace instead: there is no earlier value.
     """
     run = cpu.move_range if cpu.takes(x.data) else gpu.move_range if gpu.takes(x.data) else plain_move_range
-    run(x, bounds, take, first)
+    run(x, bounds, take)
 
 
 def pack(x: Grouped, bounds: Tensor, levels: int, noise: tuple[int, int] | None) -> tuple[Tensor, Tensor]:

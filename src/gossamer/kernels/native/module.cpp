@@ -86,17 +86,18 @@ void extremes(int type, uintptr_t x, Grouped g, int64_t threads, std::vector<flo
   }
 }
 
-// Moves the running range (bounds: [2, groups], alpha then beta) towards the extremes of x; `first` replaces it.
+// Moves the running range (bounds: [2, groups], alpha then beta) towards the extremes of x; a range below 0 is none yet.
 void move_range(int type, uintptr_t x, int64_t rows, int64_t stride, int64_t groups, int64_t inner, uintptr_t bounds,
-                float take, bool first, int64_t threads) {
+                float take, int64_t threads) {
   nb::gil_scoped_release release;
   std::vector<float> found;
   extremes(type, x, {rows, stride, groups, inner}, threads, found);
   float *alpha = at<float>(bounds), *beta = alpha + groups;
   for (int64_t k = 0; k < groups; ++k) {
     const float low = found[k], range = found[groups + k] - low;
-    alpha[k] = first ? range : alpha[k] - take * (alpha[k] - range);
-    beta[k] = first ? low : beta[k] - take * (beta[k] - low);
+    const bool none = alpha[k] < 0.0f;
+    alpha[k] = none ? range : alpha[k] - take * (alpha[k] - range);
+    beta[k] = none ? low : beta[k] - take * (beta[k] - low);
   }
 }
 

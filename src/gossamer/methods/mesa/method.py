@@ -17,7 +17,15 @@ from gossamer.core.errors import ModelError, RecipeError
 from gossamer.core.method import Edit, Method
 from gossamer.core.schedule import Batch, Loader, Phase, Step
 from gossamer.methods.mesa.layers import is_packed, packs, plain, stores
-from gossamer.methods.mesa.policy import KINDS, Groups, Policy, choose, classes_by_name, packed_attention
+from gossamer.methods.mesa.policy import (
+    KINDS,
+    Groups,
+    Policy,
+    choose,
+    classes_by_name,
+    packed_attention,
+    saved_per_image,
+)
 from gossamer.models.contracts import replace_module
 from gossamer.models.timm_adapter import close_attention, open_attention
 from gossamer.ops.act_store import ActStore, NoiseSource
@@ -106,6 +114,7 @@ class Mesa(Method):
                 close_attention(model, path)
             self._live = {}
             return model
+        before = None if self._facts else saved_per_image(model)
         for path in edit["opened"]:
             open_attention(model, path)
         device = next((p.device for p in model.parameters()), None)
@@ -118,10 +127,12 @@ class Mesa(Method):
             if store.seen == 0 and path in self._ranges:
                 store.load_saved_state(self._ranges[path])
         kinds = [entry["class"] for entry in edit["packed"].values()]
-        self._facts = self._facts or {
-            "packed_layers": {k: kinds.count(k) for k in dict.fromkeys(kinds)},
-            "left_exact": edit["exact"],
-        }
+        if not self._facts:
+            self._facts = {
+                "packed_layers": {k: kinds.count(k) for k in dict.fromkeys(kinds)},
+                "left_exact": edit["exact"],
+                "saved_bytes_per_image": {"plain": before, "packed": saved_per_image(model)},
+            }
         return model
 
     # -- step ------------------------------------------------------------------------------------
@@ -136,7 +147,7 @@ class Mesa(Method):
 
     # -- report and state ------------------------------------------------------------------------
     def describe(self, model: nn.Module) -> dict[str, Any]:
-        """Return how many layers of each class packed, and what was left exact."""
+        """Return how many layers of each class packed, what was left exact, and the bytes saved for it (fp32)."""
         return {"facts": {"bits": self.bits, **self._facts}} if self._facts else {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 
-from gossamer.core.errors import RecipeError, nearest
+from gossamer.core.errors import ModelError, RecipeError, nearest
+from gossamer.cost.ledger import default_example
+from gossamer.cost.saved import saved_tensors
 from gossamer.methods.mesa.layers import is_packed
 from gossamer.models.contracts import AttentionView
 from gossamer.models.timm_adapter import sort_attention, torch_kind
 from gossamer.ops.act_store import ActStore
 from gossamer.ops.attention import MatMul
 
-__all__ = ["CLASSES", "KINDS", "Groups", "Policy", "choose", "classes_by_name", "packed_attention"]
+__all__ = [
+    "CLASSES",
+    "KINDS",
+    "Groups",
+    "Policy",
+    "choose",
+    "classes_by_name",
+    "packed_attention",
+    "saved_per_image",
+]
 
 CLASSES: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -157,6 +170,18 @@ def packed_attention(model: nn.Module) -> list[str]:
     """Return the paths of open attention in which something packs."""
     opened = [v.name for v in sort_attention(model)[0] if v.opened]
     return [n for n in opened if any(is_packed(getattr(model.get_submodule(n), leaf)) for leaf in _ATTENTION)]
+
+
+def saved_per_image(model: nn.Module) -> int | None:
+    """Return the bytes that a training pass keeps for an image; ``None`` if the model does not tell its size."""
+    try:
+        shape = default_example(model).shape
+    except ModelError:
+        return None
+    twin = copy.deepcopy(model)  # its ranges move, the model's stay
+    example = torch.zeros(2, *shape[1:], device=next(model.parameters()).device)
+    kept = saved_tensors(twin, (example,))
+    return sum(s.bytes for s in kept) // len(example)
 
 
 def classes_by_name() -> Mapping[str, type[nn.Module]]:
