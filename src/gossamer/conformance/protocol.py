@@ -56,6 +56,9 @@ def check_declarations(example: MethodExample) -> None:
     cls = type(example.method())
     require(dataclasses.is_dataclass(cls), f"{cls.__name__} is not a dataclass; its options must be fields")
     require(cls.__mro__[1] is Method, f"{cls.__name__}: {cls.__mro__[1].__name__} stands between Method and the method")
+    hooks = {n for n, v in vars(Method).items() if callable(v) and not n.startswith("_")}
+    hidden = sorted(hooks & {f.name for f in dataclasses.fields(cls)})
+    require(not hidden, f"{cls.__name__}: options {hidden} hide the hooks of that name; rename them")
     require(cls.stage in STAGES, f"{cls.__name__}.stage is {cls.stage!r}; allowed are {STAGES}")
     unknown = set(cls.touches) - KINDS
     require(not unknown, f"{cls.__name__}.touches has {sorted(unknown)}; allowed are {sorted(KINDS)}")

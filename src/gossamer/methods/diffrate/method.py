@@ -63,8 +63,8 @@ class DiffRate(Method):
         schedule: Skip the search: name of a released list (``"deit_small/2.9"``) or
             ``{"prune": [...], "merge": [...]}``, tokens kept per block with the prefix.
         search_steps: Steps of the search.
-        loader: Images of the search: ``"train"`` (published) or ``"search"`` (those that ``data.search_share`` holds
-            out, as at evaluation).
+        search_loader: Images of the search: ``"train"`` (published) or ``"search"`` (those that
+            ``data.search_share`` holds out, as at evaluation).
         start: ``"ramp"`` (counts that fall evenly and meet the budget: works within tens of steps) or
             ``"uniform"`` (published: all candidates alike, about half the tokens everywhere; wants
             thousands of steps).
@@ -100,7 +100,7 @@ class DiffRate(Method):
     macs: str | float = "60%"
     schedule: str | dict[str, list[int]] | None = None
     search_steps: int = 300
-    loader: str = "train"
+    search_loader: str = "train"
     start: str = "ramp"
     granularity: int = 1
     lr: float = 0.01
@@ -179,7 +179,7 @@ class DiffRate(Method):
         """Put the search before the recipe's own training (or at the end, where there is none)."""
         if self.schedule is not None:
             return plan
-        turns = (Turn(trains=("arch",), loader=self.loader),)
+        turns = (Turn(trains=("arch",), loader=self.search_loader),)
         search = Phase(SEARCH, self.search_steps, turns, lr={"arch": self.lr}, min_lr_ratio=self.min_lr_ratio)
         return plan.before("fit", search) if any(p.name == "fit" for p in plan) else Plan((*plan, search))
 

@@ -454,5 +454,5 @@ def test_gates_exist_only_during_the_search() -> None:
 
 def test_search_may_read_images_of_its_own() -> None:
     for loader in ("train", "search"):
-        plan = DiffRate(loader=loader).phases(Plan([Phase("fit", 1)]))
+        plan = DiffRate(search_loader=loader).phases(Plan([Phase("fit", 1)]))
         assert [t.loader for p in plan for t in p.turns] == [loader, "train"]
