@@ -80,19 +80,24 @@ class PTQMinMax(Method):
             raise RecipeError(f"ptq_minmax: images={self.images}; calibrating needs at least 1. Set images, e.g. 32")
         TopMagnitudes(self.percentile)
 
-    def prepare(self, model: nn.Module) -> Edit:
-        """Find the layers; open the attentions or fold the batch norms."""
+    def prepare(self, model: nn.Module) -> Edit | None:
+        """Check options and model; layers are found once everything before has changed them."""
         self.check()
-        has_attention = bool(attention_views(model))
-        layout = find_layout(model, products=self.attention_products) if has_attention else find_conv_layout(model)
-        return {"layout": layout.to_json()}
+        self._find(model)
+        return None
+
+    def _find(self, model: nn.Module) -> Layout:
+        if attention_views(model):
+            return find_layout(model, products=self.attention_products)
+        return find_conv_layout(model)
 
     def enter(self, model: nn.Module, phase: Phase) -> Edit | None:
-        """Wrap the layers."""
-        if phase.name != CALIBRATE or self._layout is None:
+        """Find and wrap the layers; open the attentions or fold the batch norms."""
+        if phase.name != CALIBRATE:
             return None
+        layout = self._find(model)
         widths = WidthOptions(self.w_bits, self.a_bits, self.head_bits, self.per_channel, self.unsigned_softmax)
-        return {"wrap": layer_specs(model, self._layout, widths)}
+        return {"layout": layout.to_json(), "wrap": layer_specs(model, layout, widths)}
 
     def leave(self, model: nn.Module, phase: Phase) -> Edit | None:
         """Name the calibrated layers."""
@@ -108,7 +113,7 @@ class PTQMinMax(Method):
         """Open, wrap, activate or give final forms."""
         if "layout" in edit:
             self._layout = Layout.from_json(edit["layout"])
-            return open_layout(model, self._layout)
+            model = open_layout(model, self._layout)
         if "wrap" in edit:
             return wrap_layers(model, edit["wrap"])
         layers = quant_layers(model)

@@ -114,6 +114,7 @@ class PTQViT(Method):
     inputs: Literal["auto", "quantized", "float", "local"] = "auto"
     low_bits: Literal["simulated", "int8"] = "simulated"
     mixed: MixedPrecision | None = None
+    _num_units: int = field(default=0, init=False, repr=False, compare=False)
     _layout: Layout | None = field(default=None, init=False, repr=False, compare=False)
     _walk: tuple[str, Walk, list[str]] | None = field(default=None, init=False, repr=False, compare=False)
     _pairs: list[dict[str, str]] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -163,17 +164,18 @@ class PTQViT(Method):
 
     # -- structure -------------------------------------------------------------------------------------
     def prepare(self, model: nn.Module) -> Edit:
-        """Find the layers and open the attentions."""
+        """Check options and model, and count the units; layers are found once everything before has changed them."""
         self.check()
-        return {"layout": find_layout(model, products=self.attention_products).to_json()}
+        return {"units": len(self._find(model).units)}
 
     def enter(self, model: nn.Module, phase: Phase) -> Edit | None:
         """Wrap the layers at the start of the first phase; set the widths of mixed precision."""
         if phase.name not in (CALIBRATE, SENSITIVITY):
             return None
         if not quant_layers(model):
-            pairs = find_pairs(model, self._known().attentions) if self.equalise is not None else []
-            return {"wrap": self._specs(model), "pairs": pairs}
+            layout = self._find(model)
+            pairs = find_pairs(model, layout.attentions) if self.equalise is not None else []
+            return {"layout": layout.to_json(), "wrap": self._specs(model, layout), "pairs": pairs}
         return {"bits": self._allocate(model)} if phase.name == CALIBRATE and self.mixed is not None else None
 
     def leave(self, model: nn.Module, phase: Phase) -> Edit | None:
@@ -189,9 +191,12 @@ class PTQViT(Method):
 
     def apply(self, model: nn.Module, edit: Edit) -> nn.Module:
         """Open, wrap, set widths, activate or give final forms."""
+        if "units" in edit:
+            self._num_units = edit["units"]
+            return model
         if "layout" in edit:
             self._layout = Layout.from_json(edit["layout"])
-            return open_layout(model, self._layout)
+            model = open_layout(model, self._layout)
         if "wrap" in edit:
             self._pairs = edit["pairs"]
             return insert_gains(wrap_layers(model, edit["wrap"]), self._pairs)
@@ -204,22 +209,24 @@ class PTQViT(Method):
 
     def _known(self) -> Layout:
         if self._layout is None:
-            raise StateError("ptq_vit: the model was not prepared; call stack.prepare(model) first")
+            raise StateError(f"ptq_vit: the layers are not known yet; enter the phase {CALIBRATE!r} first")
         return self._layout
 
-    def _specs(self, model: nn.Module) -> dict[str, Any]:
+    def _find(self, model: nn.Module) -> Layout:
+        return find_layout(model, products=self.attention_products)
+
+    def _specs(self, model: nn.Module, layout: Layout) -> dict[str, Any]:
         widths = WidthOptions(
             self.w_bits, self.a_bits, self.head_bits, self.per_channel, self.unsigned_softmax, self.bias_correction
         )
-        return layer_specs(model, self._known(), widths)
+        return layer_specs(model, layout, widths)
 
     # -- phases ----------------------------------------------------------------------------------------
     def phases(self, plan: Plan) -> Plan:
         """Calibrate after everything else; one unit of work is one block."""
-        units = len(self._known().units)
-        new = [Phase(CALIBRATE, units, turns=(), work=self._calibrate)]
+        new = [Phase(CALIBRATE, self._num_units, turns=(), work=self._calibrate)]
         if self.mixed is not None:
-            new.insert(0, Phase(SENSITIVITY, units, turns=(), work=self._sensitivity))
+            new.insert(0, Phase(SENSITIVITY, self._num_units, turns=(), work=self._sensitivity))
         return Plan((*plan, *new))
 
     def _start(self, model: nn.Module, loaders: Mapping[str, Loader], step: Step) -> tuple[Walk, list[str]]:
