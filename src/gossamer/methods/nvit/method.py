@@ -248,7 +248,8 @@ class NViT(Method):
             if not self._teaches(step):
                 return grads(model, batch, step, params)
             if step.phase == PRUNE and self.student_eval and self._open is not None and self._open.round:
-                model.eval()
+                for part in model.children():  # not the model itself: a step in training it stays, for whoever watches
+                    part.eval()
             with self._both.watching(model):
                 return grads(model, batch, step, params)
 

@@ -393,7 +393,8 @@ def test_pruning_in_evaluation_mode_after_the_first_round() -> None:
 
     class Watch(NViT):
         def loss(self, model: nn.Module, batch: Any, out: Any, step: Step) -> dict[str, Tensor]:
-            modes.append(model.training)
+            modes.append(any(m.training for m in model.children()))
+            assert model.training
             return super().loss(model, batch, out, step)
 
     stack, model = Stack([Watch(macs="60%", rounds=2, interval=2, group_sizes=SMALL)]), tiny_vit()
