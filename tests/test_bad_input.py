@@ -226,6 +226,12 @@ def test_two_methods_that_exclude_each_other(refused, recipe, tmp_path):
     assert "precision" in line
 
 
+def test_a_method_for_training_without_training(refused, saved, photos, tmp_path):
+    words = ["--method", "manifold_distillation", "--method", "ptq_minmax", "--teacher", "self"]
+    line = refused("compress", "--model", saved, "--data", f"folder:{photos}", *words, "--out", tmp_path / "o")
+    assert "ManifoldDistillation" in line and "train.steps" in line
+
+
 def test_an_unmet_bound_exits_1(refused, saved, photos, tmp_path):
     line = refused("export", saved, "--out", tmp_path / "e", "--format", "onnx", "--min-speedup", "1000", code=1)
     assert "1000" in line

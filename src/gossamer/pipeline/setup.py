@@ -144,6 +144,7 @@ def set_up(
     calibration = given.get("calibration") or _source(recipe.data.calibration) or train
     if train is None and recipe.train.trains:
         raise RecipeError("data.train: nothing given, but train.steps or train.epochs ask for training; name images")
+    _check_trained(recipe, stack)
     task = Classification(label_smoothing=recipe.data.smoothing)
     for source in (train, evaluation):
         if source is not None:
@@ -152,6 +153,22 @@ def set_up(
     seen = 0 if train is None else len(train) - round(recipe.data.search_share * len(train))
     plan = Plan(recipe.train.phases(seen, world))
     return Setup(recipe, model, dense, stack, task, pre, loaders, evaluation, plan, savable)
+
+
+def _check_trained(recipe: Recipe, stack: Stack) -> None:
+    """Refuse methods that only act on the training of weights where the recipe trains none.
+
+    Methods that change weights, gradients or structure may bring a training of their own: then nothing is said.
+    """
+    only_training = frozenset({"loss", "gradients"})
+    idle = [m for m in stack.methods if m.touches and m.touches <= only_training]
+    others = [m for m in stack.methods if m not in idle]
+    if idle and not recipe.train.trains and all(m.touches <= {"tokens", "precision"} for m in others):
+        names = ", ".join(type(m).__name__ for m in idle)
+        raise RecipeError(
+            f"{names}: acts on the training of weights, and the recipe trains none; set train.steps or train.epochs, "
+            f"or leave it out"
+        )
 
 
 def _loaders(  # noqa: PLR0913 - the parts of a run come together here

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from gossamer.core.errors import ModelError, RecipeError
+from gossamer.core.errors import ModelError, PlanError, RecipeError
 from gossamer.core.method import Edit, Method
 from gossamer.core.schedule import Batch, Phase, Plan, Step, Terms, Turn
 from gossamer.kits.token_reduction import (
@@ -160,6 +160,18 @@ class DiffRate(Method):
         fitted = fit_schedule(found, self._free(model, view), token_macs(model, view), self._target(model, view))
         edit = {**_layout(view), "do": "reduce", "prune": list(fitted.prune), "merge": list(fitted.merge)}
         return {**edit, "searched": {"prune": list(found.prune), "merge": list(found.merge)}}
+
+    def finish(self, model: nn.Module) -> None:
+        """Check that the tokens are gone; there is nothing left to do.
+
+        Raises:
+            PlanError: The search was not run.
+        """
+        if not any(isinstance(b, ReducedBlock) for b in token_blocks(model)):
+            raise PlanError(
+                f"diffrate: all tokens are still there, because the phase {SEARCH!r} was not run; run the phases of "
+                f"stack.phases(plan) before finish, or give a schedule"
+            )
 
     def apply(self, model: nn.Module, edit: Edit) -> nn.Module:
         """Install learnable rates (``gate``) or fixed counts (``reduce``)."""

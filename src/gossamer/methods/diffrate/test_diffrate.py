@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from gossamer.core.errors import ModelError, RecipeError
+from gossamer.core.errors import ModelError, PlanError, RecipeError
 from gossamer.core.schedule import Phase, Plan, Step
 from gossamer.core.stack import Stack
 from gossamer.cost.saved import saved_tensors
@@ -456,3 +456,11 @@ def test_search_may_read_images_of_its_own() -> None:
     for loader in ("train", "search"):
         plan = DiffRate(search_loader=loader).phases(Plan([Phase("fit", 1)]))
         assert [t.loader for p in plan for t in p.turns] == [loader, "train"]
+
+
+def test_finishing_without_the_search_is_an_error() -> None:
+    stack = Stack([DiffRate(macs="70%")])
+    with pytest.raises(PlanError, match="the phase 'diffrate.search' was not run"):
+        stack.finish(stack.prepare(small()))
+    reduced = Stack([DiffRate(schedule={"merge": [37, 30, 20, 10]})])
+    reduced.finish(reduced.prepare(small()))
