@@ -30,8 +30,9 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     if isinstance(value, Mapping):
         return [pair for k, v in value.items() for pair in _flat(v, f"{prefix}.{k}" if prefix else str(k))]
     if isinstance(value, list | tuple):
-        return [(prefix, ", ".join(str(v) for v in value))] if value else []
-    return [] if value is None else [(prefix, f"{value:g}" if isinstance(value, float) else str(value))]
+        return [(prefix.replace("_", " "), ", ".join(str(v) for v in value))] if value else []
+    name = prefix.rpartition(".")[2]
+    return [] if value is None else [(prefix.replace("_", " "), as_fact(name, value))]
 
 
 def _scatter(rows: Sequence[saved.Row], prefix: str) -> dict[str, Any] | None:

@@ -93,7 +93,7 @@ def as_fact(name: str, value: Any) -> str:
     for word in (words[0], words[-1]):
         if word in forms:
             return forms[word](value)
-        if word in ("top1", "top5", "agreement"):
+        if word in ("top1", "top5", "agreement", "share"):
             return as_percent(as_share(value))
         if word == "ms":
             return as_ms(value) + " ms"
