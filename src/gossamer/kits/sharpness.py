@@ -157,7 +157,7 @@ def _offsets(model: nn.Module, ascent: Ascent) -> Iterator[None]:
 
 @torch.no_grad()
 def _ascend(spots: Sequence[_Spot], ascent: Ascent) -> list[tuple[_Spot, Tensor]]:
-    """Return every perturbation e = rho T^2 g / ||T g|| (T = 1 unless adaptive); takes all gradients away."""
+    """Return every perturbation e = rho T^2 g / ||T g||, T = 1 unless adaptive."""
     held = [(s, s.leaf.grad) for s in spots if s.leaf.grad is not None]
     scaled = []
     for spot, grad in held:
