@@ -1,8 +1,8 @@
 """SAQ against plain quantization-aware training on CIFAR-10 images, and searched against uniform widths.
 
-``python benchmarks/saq.py OUT`` trains a float PreAct ResNet-8 once, then every item of ``ITEMS`` for three seeds, one
-run folder each; what is done is not done again, an interrupted run goes on. One thread. The table is printed and
-written to ``OUT/saq.json``.
+``python benchmarks/saq.py OUT [small]`` trains a float PreAct ResNet-8 of width 8 once, then every item for three seeds,
+one run folder each; what is done is not done again, an interrupted run goes on. One thread, about 45 minutes of one
+core (``small``: 10, too short to say more than that it works). The table is printed and written to ``OUT/saq.json``.
 """
 
 from __future__ import annotations
@@ -32,28 +32,30 @@ TRAIN, HELD = f"{DATA}cifar10_train_50000_q95.npz[0:10000]", f"{DATA}cifar10_tra
 TEST = f"{DATA}cifar10_test_8000.npz[0:4000]"
 AUGMENT = {"scale": [0.6, 1.0], "ratio": [0.9, 1.1], "color_jitter": None}
 SEEDS = (0, 1, 2)
-STEPS, BATCH, BITS = 120, 64, 3
-RHO, RADII = 0.03, (0.03, 0.1)
-"""Radius of the training, and those at which every model's sharpness is measured."""
+BATCH, BITS = 64, 3
+RADII = (0.03, 0.1)
+"""Radii at which every model's sharpness is measured."""
 COMMON = {"clip_start": "mse", "clip_decay": 1e-4}
-
-
-def saq(**options: Any) -> dict[str, Any]:
-    """Return the entry of a recipe."""
-    return {"saq": {"bits": BITS, "norm_updates": "first", **COMMON, **options}}
-
-
-SEARCH = {
-    "search": True, "target_bops": f"{BITS}bit", "search_steps": 50, "warmup": 0.25, "policy_lr": 0.01,
-    "baseline": 0.9, "candidates": 6, "derive_batches": 3, "band": 0.03,
-}  # fmt: skip
-ITEMS: dict[str, tuple[dict[str, Any], int]] = {
-    "qat": ({"qat": {"bits": BITS, **COMMON}}, STEPS),
-    "saq": (saq(rho=RHO), STEPS),
-    "saq, searched": (saq(rho=RHO, **SEARCH), STEPS),
-    "qat, twice as long": ({"qat": {"bits": BITS, **COMMON}}, 2 * STEPS),
+SIZES = {
+    "full": {"float": 3000, "steps": 1000, "search": 400, "rho": 0.1, "candidates": 10, "batches": 6},
+    "small": {"float": 1600, "steps": 120, "search": 50, "rho": 0.03, "candidates": 6, "batches": 3},
 }
-"""Method and steps of its training; sharpness-aware steps cost two."""
+
+
+def items(size: dict[str, Any]) -> dict[str, tuple[dict[str, Any], int]]:
+    """Return the method of every item and the steps of its training; sharpness-aware steps cost two."""
+    steps = size["steps"]
+    sharp = {"bits": BITS, "rho": size["rho"], "norm_updates": "first", **COMMON}
+    search = {
+        "search": True, "target_bops": f"{BITS}bit", "search_steps": size["search"], "warmup": 0.25, "policy_lr": 0.01,
+        "baseline": 0.9, "candidates": size["candidates"], "derive_batches": size["batches"], "band": 0.03,
+    }  # fmt: skip
+    return {
+        "qat": ({"qat": {"bits": BITS, **COMMON}}, steps),
+        "saq": ({"saq": sharp}, steps),
+        "saq, searched": ({"saq": {**sharp, **search}}, steps),
+        "qat, twice as long": ({"qat": {"bits": BITS, **COMMON}}, 2 * steps),
+    }
 
 
 def recipe(model: Any, methods: list[dict[str, Any]], steps: int, seed: int, lr: float) -> Recipe:
@@ -93,7 +95,7 @@ def measure(model: torch.nn.Module, ready: Any) -> dict[str, float]:
     """Return held-out loss and sharpness of a trainable model (the paper's measure)."""
     data = list(batches(open_data(HELD), eval_transform(ready.preprocessing), 100))
     found = {r: measure_sharpness(model, data, task_loss, Ascent(rho=r)) for r in RADII}
-    return {"loss": found[RHO].loss, **{f"sharpness at {r:g}": m.rise for r, m in found.items()}}
+    return {"loss": found[RADII[0]].loss, **{f"sharpness at {r:g}": m.rise for r, m in found.items()}}
 
 
 def accuracy(model: torch.nn.Module, ready: Any) -> float:
@@ -102,51 +104,43 @@ def accuracy(model: torch.nn.Module, ready: Any) -> float:
     return 100 * Classification().evaluate(predictor(model), images).top1
 
 
-def float_model(out: Path) -> Path:
+def float_model(out: Path, steps: int) -> Path:
     """Train the float model once; returns its folder."""
     folder = out / "float-model"
     if not (folder / "model.json").is_file():
         dense = {"name": "preact_resnet8", "num_classes": 10, "options": {"width": 8}}
-        model, _, (ready, _) = trained(recipe(dense, [], 1600, 0, 0.1), out / "float")
+        model, _, (ready, _) = trained(recipe(dense, [], steps, 0, 0.1), out / "float")
         (out / "float.json").write_text(json.dumps({"top1": accuracy(model.eval(), ready)}))
         save(model, folder)
     return folder
 
 
-def item(out: Path, name: str, seed: int, dense: Path) -> dict[str, Any]:
+def one(out: Path, name: str, seed: int, what: tuple[dict[str, Any], int]) -> dict[str, Any]:
     """Run one item for one seed, or read what an earlier call found."""
     folder = out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
     done = folder / "result.json"
     if not done.is_file():
-        method, steps = ITEMS[name]
-        _, finished, (ready, before) = trained(recipe(str(dense), [method], steps, seed, 0.02), folder)
+        method, steps = what
+        _, finished, (ready, before) = trained(recipe(str(out / "float-model"), [method], steps, seed, 0.02), folder)
         facts = next(iter(ready.stack.describe(finished).values()))["facts"]
         found = {**before, "top1": accuracy(finished, ready), "bops": facts["BOPs per image"]}
         done.write_text(json.dumps(found))
     return json.loads(done.read_text())
 
 
-def main(out: Path, only: str = "") -> None:
-    """Run everything (or one item for one seed, ``only="saq/0"``) and print the table."""
+def main(out: Path, size: str = "full") -> None:
+    """Run everything and print the table: mean and standard deviation over the seeds."""
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
-    dense = float_model(out)
-    if only:
-        name, _, seed = only.partition("/")
-        if name != "float":
-            print(only, item(out, name, int(seed), dense))
-        return
-    table: dict[str, list[dict[str, Any]]] = {name: [] for name in ITEMS}
-    for name in ITEMS:
-        for seed in SEEDS:
-            table[name].append(item(out, name, seed, dense))
-            print(seed, name, table[name][-1], flush=True)
-    print(json.loads((out / "float.json").read_text()))
-    for name, rows in table.items():
-        shown = {k: [r[k] for r in rows] for k in rows[0]}
+    float_model(out, SIZES[size]["float"])
+    table: dict[str, list[dict[str, Any]]] = {}
+    for name, what in items(SIZES[size]).items():
+        table[name] = [one(out, name, seed, what) for seed in SEEDS]
+        shown = {k: [r[k] for r in table[name]] for k in table[name][0]}
         spread = {k: (round(statistics.mean(v), 4), round(statistics.stdev(v), 4)) for k, v in shown.items()}
-        print(f"{name:22}", spread)
-    (out / "saq.json").write_text(json.dumps(table, indent=1))
+        print(f"{name:22}", spread, flush=True)
+        (out / "saq.json").write_text(json.dumps(table, indent=1))
+    print("float", json.loads((out / "float.json").read_text()))
 
 
 if __name__ == "__main__":
