@@ -158,7 +158,7 @@ class ManifoldDistillation(Method):
             return None
         untrained = self.teacher == SELF and phase.whole == PRETRAIN  # what pretraining leaves is the teacher
         teaches = phase.work is None and not phase.growing and not untrained
-        turns = [t.name for t in phase.turns if "weights" in t.trains] if teaches else []
+        turns = [t.name for t in phase.turns if "weights" in t.trains and t.objective is None] if teaches else []
         return {**self._plan, "turns": {"phase": phase.name, "names": turns}}
 
     def finish(self, model: nn.Module) -> Edit | None:
