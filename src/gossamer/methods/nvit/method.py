@@ -12,14 +12,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from gossamer.core.errors import RecipeError, RunError, nearest
 from gossamer.core.method import Edit, Evaluate, Grads, Method
-from gossamer.core.schedule import Batch, Loader, Phase, Plan, Step, Terms
+from gossamer.core.schedule import Batch, Loader, Phase, Plan, Step, Terms, Turn
 from gossamer.cost.latency_table import LatencyTable
 from gossamer.kits.structure.budget import WidthCosts, bounds, parse_budgets
 from gossamer.kits.structure.groups import check_sizes, sizes_of
@@ -33,7 +34,7 @@ from gossamer.kits.structure.vit import EMBED, KINDS, counts_of, open_blocks, sl
 from gossamer.kits.teacher import SELF, FrozenTeacher
 from gossamer.methods.nvit.maths import average, less_latency
 from gossamer.methods.nvit.state import Opened
-from gossamer.methods.nvit.teachers import Teachers, weighted
+from gossamer.methods.nvit.teachers import Teachers
 from gossamer.models.initialise import initialise
 from gossamer.tasks.classification import Classification, logits_of
 
@@ -223,7 +224,8 @@ class NViT(Method):
         if not self._plan:
             return plan
         steps = self._plan["rounds"] * self.interval
-        new = [Phase(PRUNE, steps, until=self._met, lr={"weights": self.lr}, schedule="constant")]
+        turns = (Turn(objective=self.prune_objective),)
+        new = [Phase(PRUNE, steps, turns, until=self._met, lr={"weights": self.lr}, schedule="constant")]
         if self._plan["points"]:
             new.insert(0, Phase(MEASURE, self._plan["points"], work=self._measure))
         return plan.before(FIT, *new) if any(p.name == FIT for p in plan) else Plan((*plan, *new))
@@ -241,39 +243,53 @@ class NViT(Method):
         return grid_for(trial, structures, sizes_of(structures, self.group_sizes), odd_first=self._odd_first)
 
     # -- step ------------------------------------------------------------------------------------
+    def prune_objective(self, model: nn.Module, batch: Batch, step: Step) -> Terms:
+        """Return the terms of a pruning step; after the first round the student runs in evaluation mode (release)."""
+        started = self._open is not None and self._open.round > 0
+        if started and self.student_eval:
+            model.eval()
+        with self._both.watching(model):
+            out = model(batch["image"])
+            heads = self._both.heads(out)
+        base = Classification().cross_entropy(logits_of(list(heads)), batch["target"])
+        terms = {"task": base, **self._label_terms(model, batch, heads, base)}
+        if started and self.kl_weight > 0:
+            kl = self._both.dense_term(model, batch["image"], heads, self.kl_temperature, each=False)
+            terms["nvit.kl"] = self.kl_weight * kl
+        return terms
+
     def wrap_grads(self, grads: Grads, evaluate: Evaluate) -> Grads:
-        """Watch both heads of a distilled model; prune in evaluation mode after the first round."""
+        """Watch both heads of a distilled model in the recipe's own training."""
 
         def watched(model: nn.Module, batch: Batch, step: Step, params: list[nn.Parameter]) -> dict[str, Any]:
-            if not self._teaches(step):
-                return grads(model, batch, step, params)
-            if step.phase == PRUNE and self.student_eval and self._open is not None and self._open.round:
-                for part in model.children():  # not the model itself: a step in training it stays, for whoever watches
-                    part.eval()
-            with self._both.watching(model):
+            with self._both.watching(model) if self._helps(step) else nullcontext():
                 return grads(model, batch, step, params)
 
         return watched
 
     def loss(self, model: nn.Module, batch: Batch, out: Any, step: Step) -> Terms:
-        """Return label, labelling-teacher and dense-teacher terms of pruning and of the recipe's own training."""
-        if not self._teaches(step):
+        """Return the terms of both teachers in the recipe's own training, each head by itself."""
+        if not self._helps(step):
             return {}
-        heads, image = self._both.heads(out), batch["image"]
-        base = Classification().cross_entropy(logits_of(list(heads)), batch["target"])
-        labels = None
-        if self.cnn_teacher is not None and self.cnn_weight > 0:
-            labels = self._both.label_term(model, image, heads[1])
-        terms = weighted(base, labels, self.cnn_weight)
-        if step.phase != PRUNE:
-            weight, temperature = self.fit_kl_weight, self.fit_kl_temperature
-        else:
-            started = self._open is not None and self._open.round > 0
-            weight, temperature = self.kl_weight if started else 0.0, self.kl_temperature
-        if weight > 0:
-            each = step.phase != PRUNE
-            terms["nvit.kl"] = weight * self._both.dense_term(model, image, heads, temperature, each=each)
+        heads = self._both.heads(out)
+        terms: Terms = {}
+        if self.cnn_teacher is not None:
+            base = Classification().cross_entropy(logits_of(list(heads)), batch["target"])
+            terms = self._label_terms(model, batch, heads, base)
+        if self.fit_kl_weight > 0:
+            kl = self._both.dense_term(model, batch["image"], heads, self.fit_kl_temperature, each=True)
+            terms["nvit.kl"] = self.fit_kl_weight * kl
         return terms
+
+    def _label_terms(self, model: nn.Module, batch: Batch, heads: tuple[Tensor, Tensor], base: Tensor) -> Terms:
+        """Return the labels' and the labelling teacher's terms, if there is such a teacher."""
+        if self.cnn_teacher is None or self.cnn_weight == 0:
+            return {}
+        labels = self._both.label_term(model, batch["image"], heads[1])
+        return {"task": (1 - self.cnn_weight) * base, "nvit.cnn": self.cnn_weight * labels}
+
+    def _helps(self, step: Step) -> bool:
+        return bool(self._plan) and self.distil_fit and step.phase.partition(".")[0] == FIT
 
     def before_step(self, model: nn.Module, step: Step) -> None:
         """Add what this batch says about every unit."""
@@ -326,11 +342,6 @@ class NViT(Method):
         if not self.heads_first or kind not in ("qk", "v") or state is None or f"{block}.head" not in state.keep:
             return False
         return int(state.keep[f"{block}.head"].sum()) > state.sizes[f"{block}.head"]
-
-    def _teaches(self, step: Step) -> bool:
-        if step.phase == PRUNE:
-            return True
-        return bool(self._plan) and self.distil_fit and step.phase.partition(".")[0] == FIT
 
     # -- report, state ---------------------------------------------------------------------------
     def describe(self, model: nn.Module) -> dict[str, Any]:

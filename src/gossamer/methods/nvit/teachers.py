@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from gossamer.core.errors import ModelError
-from gossamer.core.schedule import Terms
 from gossamer.kits.teacher import FeatureTap, FrozenTeacher, resolve_teacher
 from gossamer.methods.nvit.maths import hard_label_loss, kl_loss
 from gossamer.tasks.classification import logits_of
@@ -99,10 +98,3 @@ class Teachers:
         if not each:
             return kl_loss(logits_of(list(heads)), logits_of(list(taught)), temperature)
         return (kl_loss(heads[0], taught[0], temperature) + kl_loss(heads[1], taught[1], temperature)) / 2
-
-
-def weighted(base: Tensor, labels: Tensor | None, share: float) -> Terms:
-    """Return ``(1 - share) * base + share * labels`` as two terms (release), or ``base`` alone."""
-    if labels is None:
-        return {"task": base}
-    return {"task": (1 - share) * base, "nvit.cnn": share * labels}

@@ -153,20 +153,24 @@ def _pruned(*, cut: tuple[str, int] | None = None, **options: Any) -> tuple[nn.M
     stack, model = Stack([example.method()]), example.model()
     bind_self(stack, model)
     model = stack.prepare(model)
-    for phase in stack.phases(Plan(example.plan)):
+    phases = list(stack.phases(Plan(example.plan)))
+    for n in range(len(phases)):
+        phase = phases[n]
         model = stack.enter(model, phase)
         optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for i in range(phase.steps):
             if cut == (phase.name, i):
                 stack, model, optimiser = _rebuilt(example, stack, model, optimiser)
-                phase = next(p for p in stack.phases(Plan(example.plan)) if p.name == phase.name)
+                phases = list(stack.phases(Plan(example.plan)))
+                phase = phases[n]
             step = Step(phase.name, "main", i, phase.steps)
             if phase.until is not None and phase.until(model):
                 break
             if phase.work is not None:
                 phase.work(model, {}, step)
                 continue
-            stack.grads(_task)(model.train(), noise(step), step, list(model.parameters()))
+            turn = phase.turns[0]
+            stack.grads(_task, turn)(model.train(), noise(step), step, list(model.parameters()))
             stack.before_step(model, step)
             optimiser.step()
             optimiser.zero_grad()
@@ -203,7 +207,7 @@ def _seen(example: MethodExample) -> tuple[list[dict[str, int]], list[float], nn
     model = stack.prepare(model)
     phase = stack.phases(Plan([Phase("fit", 0)]))[-2]
     model = stack.enter(model, phase)
-    grads, params = stack.grads(_task), stack.groups(model)["weights"]
+    grads, params = stack.grads(_task, phase.turns[0]), stack.groups(model)["weights"]
     optimiser = torch.optim.AdamW(params, lr=method.lr)
     counts, costs = [], []
     for i in range(phase.steps):
@@ -322,27 +326,16 @@ def test_losses_by_hand() -> None:
 
 
 def _terms(method: NViT, model: nn.Module, phase: str, round_: int = 1) -> dict[str, Tensor]:
+    """Return the terms of one step of a phase."""
     stack = Stack([method])
     bind_self(stack, copy.deepcopy(model))
-    model = stack.enter(stack.prepare(model), Phase(PRUNE, 2))
+    model = stack.prepare(model)
+    phases = {p.name: p for p in stack.phases(Plan([Phase("fit", 2)]))}
+    model = stack.enter(model, phases[PRUNE])
     assert method._open is not None
     method._open.round = round_
-    found: dict[str, Tensor] = {}
-
-    def task(m: nn.Module, batch: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
-        out = m(batch["image"])
-        return out, {"task": out.sum()}
-
-    loss = method.loss
-
-    def keep(*args: Any) -> dict[str, Tensor]:
-        found.update(loss(*args))
-        return dict(found)
-
-    method.loss = keep  # type: ignore[method-assign]
     step = Step(phase, "main", 0, 2)
-    stack.grads(task)(model.train(), noise(step), step, stack.groups(model)["weights"])
-    return found
+    return stack.grads(_task, phases[phase].turns[0])(model.train(), noise(step), step, list(model.parameters()))
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
@@ -392,17 +385,19 @@ def test_pruning_in_evaluation_mode_after_the_first_round() -> None:
     modes: list[bool] = []
 
     class Watch(NViT):
-        def loss(self, model: nn.Module, batch: Any, out: Any, step: Step) -> dict[str, Tensor]:
-            modes.append(any(m.training for m in model.children()))
-            assert model.training
-            return super().loss(model, batch, out, step)
+        def prune_objective(self, model: nn.Module, batch: Any, step: Step) -> dict[str, Tensor]:
+            terms = super().prune_objective(model, batch, step)
+            modes.append(model.training)
+            return terms
 
     stack, model = Stack([Watch(macs="60%", rounds=2, interval=2, group_sizes=SMALL)]), tiny_vit()
     bind_self(stack, model)
-    model = stack.enter(stack.prepare(model), Phase(PRUNE, 4))
+    model = stack.prepare(model)
+    phase = stack.phases(Plan([Phase("fit", 0)]))[0]
+    model = stack.enter(model, phase)
     for i in range(4):
         step = Step(PRUNE, "main", i, 4)
-        stack.grads(_task)(model.train(), noise(step), step, list(model.parameters()))
+        stack.grads(_task, phase.turns[0])(model.train(), noise(step), step, list(model.parameters()))
         stack.before_step(model, step)
         stack.after_step(model, step)
     assert modes == [True, True, False, False]
