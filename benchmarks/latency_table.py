@@ -71,7 +71,8 @@ def main() -> None:
     timings = bench(sessions, x, rounds=args.rounds)
     for name, model, share, t in zip(names, models, predicted, timings, strict=True):
         rows.append(
-            {"model": name, "predicted": round(share, 4), "measured": round(1 / t.ratio, 4), "ms": round(t.median_ms, 2),
+            {"model": name, "predicted": round(share, 4), "measured": round(1 / t.ratio, 4),
+             "ms": round(t.median_ms, 2),
              "error": round(share * t.ratio - 1, 3), "macs": round(cost(model, saved=False).macs / 1e9, 3),
              "widths": widths_of(model).to_json(), "trusted": t.trusted, "reason": t.reason}
         )  # fmt: skip
