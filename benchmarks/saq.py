@@ -1,6 +1,6 @@
 """SAQ against plain quantization-aware training on CIFAR-10 images, and searched against uniform widths.
 
-``python benchmarks/saq.py OUT [small]`` trains a float PreAct ResNet-8 of width 8 once, then every item for three seeds,
+``python benchmarks/saq.py OUT [small]`` trains a float PreAct ResNet-8 of width 8 once, then every item for 3 seeds,
 one run folder each; what is done is not done again, an interrupted run goes on. One thread, about 45 minutes of one
 core (``small``: 10, too short to say more than that it works). The table is printed and written to ``OUT/saq.json``.
 """

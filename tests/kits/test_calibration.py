@@ -42,7 +42,7 @@ def _vit(seed=0, **options):
 
 def _wrapped(model, **options):
     layout = find_layout(model)
-    open_layout(model, layout.attentions)
+    open_layout(model, layout)
     return wrap_layers(model, layer_specs(model, layout, WidthOptions(**options))), layout
 
 
