@@ -3,6 +3,8 @@
     python benchmarks/saved_activations.py --model vit --batch 64            # a CPU
     python benchmarks/saved_activations.py --model deit_small_patch16_224 --batch 128   # where a GPU is: peak memory
 
+    python benchmarks/saved_activations.py --peak-rss                        # a CPU: peak memory of the process
+
 Variants run interleaved in one process: plain with fused attention, plain with unfused attention, Mesa. Times are
 medians of wall-clock and of processor time; the latter hardly minds other processes.
 """
@@ -12,7 +14,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -72,6 +78,33 @@ def peak(model: nn.Module, x: Tensor, target: Tensor, dtype: torch.dtype | None)
     return torch.cuda.max_memory_allocated() / 2**20
 
 
+def resident(name: str, precision: str, batch: int) -> float:
+    """Return by how many MiB one step raises the peak of this process's memory (Linux)."""
+    model = variants("vit")[name].train()
+    x, target = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
+    step(model, x[:2], target[:2], DTYPES[precision])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(model, x, target, DTYPES[precision])
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+
+
+def all_resident(batch: int) -> dict[str, dict[str, float]]:
+    """Return ``resident`` of every variant, each in a process of its own.
+
+    glibc keeps freed blocks of up to 32 MiB on a heap that fragments; with a fixed mmap threshold the process
+    gives back what it frees, and its size says what the step needs.
+    """
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    found: dict[str, dict[str, float]] = {}
+    for precision in DTYPES:
+        found[precision] = {}
+        for name in ("fused attention", "unfused attention", "mesa"):
+            command = [sys.executable, __file__, "--one", name, "--precision", precision, "--batch", str(batch)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            found[precision][name] = round(float(done.stdout.split()[-1]), 1)
+    return found
+
+
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,8 +113,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--peak-rss", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--precision", default="fp32", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.one:
+        print(resident(args.one, args.precision, args.batch))
+        return
+    if args.peak_rss:
+        print(json.dumps({"batch": args.batch, "peak_rss_growth_mib": all_resident(args.batch)}, indent=1))
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, object] = {"model": args.model, "batch": args.batch, "device": device, "kernels": report()}
     for precision, dtype in DTYPES.items():
