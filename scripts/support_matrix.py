@@ -7,7 +7,8 @@ method is applied without compressing anything, and the logits are compared with
 
 * methods that change tokens run with a budget of 100 % of the MACs, through all their phases, untrained,
   and once more with 75 %, where the model must work, with fewer tokens and other logits;
-* methods that change precision are stopped where every layer is opened and wrapped, before quantization.
+* methods that change precision are stopped where every layer is opened and wrapped, before quantization
+  (those that train at low widths are wrapped at 32 bits, their neutral setting).
 
 A model that a method cannot handle must be refused with a reason; a difference is a fault.
 Run: ``python scripts/support_matrix.py`` (a few minutes on a CPU; no network).
@@ -22,6 +23,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +96,9 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "RegNet": ({}, ["regnety_002"]),
     "VGG": ({}, ["vgg11"]),
 }  # fmt: skip
-TOLERANCE = 1e-5
-"""Largest difference of logits, relative to the largest logit, that counts as the same (float32)."""
+TOLERANCE = 2e-5
+"""Largest difference of logits, relative to the largest logit, that counts as the same. It is float32's rounding:
+folding the batch norms of Visformer gives 1.1e-5 (in float64 5e-14), everything else stays below 1e-6."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,9 +169,12 @@ def uncompressed(method: Method, model: nn.Module) -> nn.Module:
 
 
 def with_budget(name: str, share: str) -> Method:
-    """Return a method with a budget of MACs, or with its defaults where it has no such option."""
+    """Return a method with a budget of MACs; where it has no such option in its neutral setting, else with defaults."""
     fields = {f.name for f in dataclasses.fields(registry.find(name))}  # type: ignore[arg-type]
-    return registry.build(name, {"macs": share} if "macs" in fields else {})
+    if "macs" in fields:
+        return registry.build(name, {"macs": share})
+    neutral = import_module(f"{registry.methods()[name].package}.example").example().neutral
+    return registry.build(name, {}) if neutral is None else neutral()
 
 
 def _distance(model: nn.Module, expected: torch.Tensor, x: torch.Tensor) -> float:

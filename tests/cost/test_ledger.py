@@ -47,6 +47,11 @@ def test_published_counts(name: str, gmacs: float) -> None:
     assert got.params == sum(p.numel() for p in model.parameters())
 
 
+def test_a_parameter_may_be_the_input_of_a_module() -> None:
+    model = timm.create_model("cait_xxs24_224", img_size=32, depth=1, num_classes=10)  # its class token is
+    assert cost(model).macs > 0 and all(p.requires_grad for p in model.parameters())
+
+
 def test_a_vit_by_hand() -> None:
     n, d, depth, heads, classes = 17, 24, 2, 2, 10
     embed = 16 * d * 3 * 64

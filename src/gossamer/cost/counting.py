@@ -140,6 +140,19 @@ def _tracked(stack: _Stack) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter ask for gradients: torch's counter hooks every one that a module is handed as its input."""
+    asking = [p for p in model.parameters() if p.requires_grad]
+    for p in asking:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in asking:
+            p.requires_grad_(True)
+
+
 def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
     """Run ``model(*inputs)`` once without gradients, as it stands, and return what it did.
 
@@ -150,6 +163,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
     stack = _Stack(model, found)
     weights = {storage_of(x) for x in (*model.parameters(), *model.buffers())}
     mapping = {op: _recorder(op, formula, stack, weights, found) for op, formula in flop_registry.items()}
-    with torch.no_grad(), _tracked(stack), FlopCounterMode(display=False, custom_mapping=mapping):
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    with torch.no_grad(), _frozen(model), _tracked(stack), counter:
         model(*inputs)
     return found
