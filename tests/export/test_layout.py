@@ -87,6 +87,18 @@ def test_onnxruntime_gets_integer_biases_and_no_convolution(vit8):
     assert len(biases) == 1 + 2 * 4 + 1
 
 
+def test_small_biases_of_8_bit_layers_become_integers_too(small_vit, in_8_bits):
+    model = in_8_bits(small_vit())
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith(".bias"):
+                buffer.mul_(1e-6)
+    graph = trace(model, IMAGES)
+    lay_out(graph, "onnxruntime")
+    biases = [n for n in graph.graph if n.op_type == "DequantizeLinear" and n.inputs[0].dtype == ir.DataType.INT32]
+    assert len(biases) == 1 + 2 * 4 + 1
+
+
 def test_a_part_that_is_also_used_in_float_is_not_packed(small_vit, in_8_bits):
     class Peeking(torch.nn.Module):
         """Reads k in float, as token merging does."""

@@ -39,8 +39,8 @@ from gossamer.ops.grids import SIGNED_ZERO
 __all__ = ["STEPS", "lay_out"]
 
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
-MIN_BIAS_CODE = 64
-"""Least code of a layer's largest bias: at 2 to 4 bits the step of an accumulator is coarse beside the bias."""
+_MIN_BIAS_CODE = 64
+"""Least code of the largest bias beside inputs of few bits, whose accumulators have a step that is coarse for it."""
 _INT8_TOP = 127
 
 
@@ -141,6 +141,12 @@ def _input_step(value: ir.Value | None) -> float | None:
     return None if node is None or constant(node.inputs[0]) is not None else scalar(node.inputs[1])
 
 
+def _is_narrow(value: ir.Value | None) -> bool:
+    """Whether a dequantized input has fewer codes than its type holds: they are clipped."""
+    node = producer(value, "DequantizeLinear")
+    return node is not None and producer(node.inputs[0], "Clip") is not None
+
+
 def _bias_slot(node: ir.Node) -> tuple[ir.Node, int] | None:
     """Return the product a node adds a constant bias to and the input that holds it."""
     if node.op_type == "Gemm" and len(node.inputs) == 3 and constant(node.inputs[2]) is not None:
@@ -154,7 +160,10 @@ def _bias_slot(node: ir.Node) -> tuple[ir.Node, int] | None:
 
 
 def _use_integer_biases(model: ir.Model) -> None:
-    """Store biases of int8 layers as int32 at the step of their accumulators."""
+    """Store biases of int8 layers as int32 at the step of their accumulators.
+
+    A bias left in float, however small, takes the product out of integers; at 8 bits none is too small to be rounded.
+    """
     for node in list(model.graph):
         found = _bias_slot(node)
         if found is None:
@@ -167,7 +176,7 @@ def _use_integer_biases(model: ir.Model) -> None:
         scale = (weight[1].astype(np.float64) * step).astype(np.float32)
         codes = np.round(bias / scale)
         top = np.abs(codes).max()
-        if top >= 2**30 or top < MIN_BIAS_CODE:
+        if top >= 2**30 or (top < _MIN_BIAS_CODE and _is_narrow(product.inputs[0])):
             continue  # would not fit beside the accumulator, or be rounded too coarsely: stays in float
         scale = scale if scale.size > 1 else scale.reshape(())
         inputs = [
