@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -14,11 +15,15 @@ from gossamer.kernels import gpu
 from gossamer.ops.group_pack import arrange, no_bounds, plain_move_range, plain_pack, plain_unpack
 
 
+@mock.patch.object(gpu, "_BLOCK", 64)  # so small that there are many
 def compare(device: str) -> None:
     """Hold every Triton kernel to the plain-torch reference."""
     qkv = torch.randn(2, 5, 3, 2, 8, generator=torch.Generator().manual_seed(0)).permute(2, 0, 3, 1, 4)
     tokens = torch.randn(3, 50, 24, generator=torch.Generator().manual_seed(1))
-    cases: list[tuple[Tensor, int, int]] = [(tokens, -1, 3), (qkv[0], 1, 2), (qkv[1].transpose(-2, -1), 1, 1)]
+    images = torch.randn(6, 50, 48, generator=torch.Generator().manual_seed(2))
+    cases: list[tuple[Tensor, int, int]] = [
+        (tokens, -1, 3), (images, -1, 1), (qkv[0], 1, 2), (qkv[1].transpose(-2, -1), 1, 1),
+    ]  # fmt: skip
     for x, dim, groups in cases:
         theirs, ours = no_bounds(groups), no_bounds(groups, device)
         layout, grouped = arrange(x, dim, groups)
