@@ -4,8 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["ACCELERATE_USE_CPU"] = "true"
-
 import torch
 from engine_toys import CASES, Data, make_loop, net
 from safetensors.torch import save_file

@@ -400,6 +400,13 @@ def test_every_second_belongs_to_a_phase():
     assert len(ends) == 2 and all(0.08 <= r["seconds"] <= taken and r["cpu_seconds"] >= 0 for r in ends)
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RecipeError, match="2 processes on a machine with 1 GPU; start one a GPU, or hide"):
+        make_loop()
+
+
 def test_sharded_training_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RecipeError, match="FSDP is asked for; allowed are a single process and DDP"):

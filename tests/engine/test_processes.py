@@ -22,6 +22,11 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
 
 
+def ranks_environment():
+    """Two ranks need two GPUs, or none."""
+    return environment() | {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+
+
 def work(*args, check=True):
     command = [sys.executable, str(WORKER), *map(str, args)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
@@ -72,7 +77,7 @@ def both(tmp_path_factory):
     ranks(folder)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
     done = subprocess.run(
-        [*launch, "ranks", str(folder)], env=environment(), capture_output=True, text=True, timeout=240
+        [*launch, "ranks", str(folder)], env=ranks_environment(), capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder

@@ -67,6 +67,12 @@ def make_accelerator() -> Accelerator:
             "accelerate: FSDP is asked for; allowed are a single process and DDP. Methods read and write whole weights "
             "(masks, quantizers, averages), which sharded ones are not. Use a configuration without FSDP, or torchrun"
         )
+    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if local > gpus > 0:  # with its CPUs asked for too: Accelerate's barriers name a GPU by the rank
+        raise RecipeError(
+            f"torchrun: {local} processes on a machine with {gpus} GPU{'s' * (gpus > 1)}; start one a GPU, or hide the "
+            f"GPUs to train on CPUs: CUDA_VISIBLE_DEVICES='' torchrun ..."
+        )
     # The DDP-wrapped module returns the loss terms themselves, so the search for unused parameters is exact.
     handler = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     try:
