@@ -1,15 +1,19 @@
 """SAQ against plain quantization-aware training on CIFAR-10 images, and searched against uniform widths.
 
-``python benchmarks/saq.py OUT [small]`` trains a float PreAct ResNet-8 (width 8) once, then every item for three seeds,
-one run folder each; what is done is not done again, an interrupted run goes on. One thread, about 45 minutes of one
-core (``small``: 10, too short to say more than that it works). The table is printed and written to ``OUT/saq.json``.
+    python benchmarks/saq.py OUT [--data ../shared/data] [--size small] [--part 0/4]
+
+Trains a float PreAct ResNet-8 once, then every item for three seeds, one run folder each; what is done is not done
+again, an interrupted run goes on. ``--part i/n`` runs every n-th job, so that n processes share the work; a call
+without it prints the table and writes ``OUT/saq.json``. ``full`` is ten epochs of 10,000 images for each job: minutes
+on a GPU that several processes share, hours on one core. ``small`` takes 10 minutes of one core: too short to say
+more than that it works.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,43 +32,64 @@ from gossamer.pipeline.setup import set_up
 from gossamer.recipe import Recipe
 from gossamer.tasks.classification import Classification, logits_of, predictor
 
-DATA = "npz:../shared/data/"
-TRAIN, HELD = f"{DATA}cifar10_train_50000_q95.npz[0:10000]", f"{DATA}cifar10_train_50000_q95.npz[20000:21000]"
-TEST = f"{DATA}cifar10_test_8000.npz[0:4000]"
+TRAIN, HELD = "cifar10_train_50000_q95.npz[0:10000]", "cifar10_train_50000_q95.npz[20000:21000]"
+TEST = "cifar10_test_8000.npz[0:4000]"
 AUGMENT = {"scale": [0.6, 1.0], "ratio": [0.9, 1.1], "color_jitter": None}
 SEEDS = (0, 1, 2)
-BATCH, BITS = 64, 3
-RADII = (0.03, 0.1)
+BATCH = 64
+RADII = (0.03, 0.1, 0.4)
 """Radii at which every model's sharpness is measured."""
 COMMON = {"clip_start": "mse", "clip_decay": 1e-4}
-SIZES = {
-    "full": {"float": 3000, "steps": 1000, "search": 400, "rho": 0.1, "candidates": 10, "batches": 6},
-    "small": {"float": 1600, "steps": 120, "search": 50, "rho": 0.03, "candidates": 6, "batches": 3},
-}
+SIZES: dict[str, dict[str, Any]] = {
+    "full": {
+        "width": 16, "float": 1560, "steps": 1560, "bits": (2, 3, 4), "rho": (0.1, 0.4),
+        "search": 780, "candidates": 20, "batches": 8,
+    },
+    "toy": {
+        "width": 4, "float": 4, "steps": 3, "bits": (3,), "rho": (0.03,), "search": 4, "candidates": 2, "batches": 1,
+    },
+    "small": {
+        "width": 8, "float": 1600, "steps": 120, "bits": (3,), "rho": (0.03,),
+        "search": 50, "candidates": 6, "batches": 3,
+    },
+}  # fmt: skip
+Job = tuple[dict[str, Any], int]
 
 
-def items(size: dict[str, Any]) -> dict[str, tuple[dict[str, Any], int]]:
+def items(size: dict[str, Any]) -> dict[str, Job]:
     """Return the method of every item and the steps of its training; sharpness-aware steps cost two."""
-    steps = size["steps"]
-    sharp = {"bits": BITS, "rho": size["rho"], "norm_updates": "first", **COMMON}
-    search = {
-        "search": True, "target_bops": f"{BITS}bit", "search_steps": size["search"], "warmup": 0.25, "policy_lr": 0.01,
-        "baseline": 0.9, "candidates": size["candidates"], "derive_batches": size["batches"], "band": 0.03,
-    }  # fmt: skip
-    return {
-        "qat": ({"qat": {"bits": BITS, **COMMON}}, steps),
-        "saq": ({"saq": sharp}, steps),
-        "saq, searched": ({"saq": {**sharp, **search}}, steps),
-        "qat, twice as long": ({"qat": {"bits": BITS, **COMMON}}, 2 * steps),
-    }
+    steps, found = size["steps"], {}
+    for bits in size["bits"]:
+        plain = {"qat": {"bits": bits, **COMMON}}
+        found[f"qat {bits} bit"] = (plain, steps)
+        found[f"qat {bits} bit, twice as long"] = (plain, 2 * steps)
+        for rho in size["rho"]:
+            found[f"saq {bits} bit, rho {rho:g}"] = ({"saq": _sharp(bits, rho)}, steps)
+        if bits in (3, 4):
+            search = {
+                "search": True, "target_bops": f"{bits}bit", "search_steps": size["search"], "warmup": 0.25,
+                "policy_lr": 0.01, "baseline": 0.9, "candidates": size["candidates"], "derive_batches": size["batches"],
+                "band": 0.03,
+            }  # fmt: skip
+            found[f"saq searched at {bits} bit"] = ({"saq": {**_sharp(bits, size["rho"][0]), **search}}, steps)
+    return found
 
 
-def recipe(model: Any, methods: list[dict[str, Any]], steps: int, seed: int, lr: float) -> Recipe:
+def _sharp(bits: int, rho: float) -> dict[str, Any]:
+    return {"bits": bits, "rho": rho, "norm_updates": "first", **COMMON}
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Return where the model lives."""
+    return next(model.parameters()).device
+
+
+def recipe(data: Path, model: Any, methods: list[dict[str, Any]], steps: int, seed: int, lr: float) -> Recipe:
     """Return the recipe of one run."""
     searching = any(options.get("search") for m in methods for options in m.values())
     return Recipe(
         model=model,
-        data={"train": TRAIN, "augment": AUGMENT, "search_share": 0.2 if searching else 0.0},
+        data={"train": f"npz:{data / TRAIN}", "augment": AUGMENT, "search_share": 0.2 if searching else 0.0},
         methods=methods,
         train={
             "steps": steps, "batch_size": BATCH, "optimizer": "sgd", "lr": lr, "weight_decay": 1e-4,
@@ -74,18 +99,18 @@ def recipe(model: Any, methods: list[dict[str, Any]], steps: int, seed: int, lr:
     )  # fmt: skip
 
 
-def trained(run: Recipe, folder: Path) -> tuple[torch.nn.Module, torch.nn.Module, Any]:
-    """Return the model before and after ``finish``, and the set-up."""
+def trained(data: Path, run: Recipe, folder: Path) -> tuple[torch.nn.Module, Any, dict[str, float]]:
+    """Return the finished model, the set-up and what was measured before ``finish``."""
     ready = set_up(run)
-    options = RunOptions(resume=True, identity=run.identity(), mark_finished=False)
+    options = RunOptions(resume=True, identity=run.identity(), mark_finished=False, quiet=True)
     loop = Loop(
         ready.stack, ready.task, ready.loaders, ready.plan,
         settings=run.train, run_dir=folder, seed=run.seed, options=options,
     )  # fmt: skip
     model = loop.train(ready.model)
     settle(model, ready)
-    before = measure(model, ready) if qat_layers(model) else {}
-    return model, loop.finish(model), (ready, before)
+    before = measure(data, model, ready) if qat_layers(model) else {}
+    return loop.finish(model).cpu(), ready, before
 
 
 @torch.no_grad()
@@ -102,7 +127,7 @@ def settle(model: torch.nn.Module, ready: Any, count: int = 30) -> None:
         m.momentum = None  # torch then averages evenly
     model.train()
     for i in range(count):
-        model(ready.loaders["train"](Step("settle", "main", i, count))["image"])
+        model(ready.loaders["train"](Step("settle", "main", i, count))["image"].to(device_of(model)))
     for m, momentum in zip(norms, kept, strict=True):
         m.momentum = momentum
 
@@ -112,57 +137,101 @@ def task_loss(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     return Classification().cross_entropy(logits_of(model(batch["image"])), batch["target"])
 
 
-def measure(model: torch.nn.Module, ready: Any) -> dict[str, float]:
+def measure(data: Path, model: torch.nn.Module, ready: Any) -> dict[str, float]:
     """Return held-out loss and sharpness of a trainable model (the paper's measure)."""
-    data = list(batches(open_data(HELD), eval_transform(ready.preprocessing), 100))
-    found = {r: measure_sharpness(model, data, task_loss, Ascent(rho=r)) for r in RADII}
+    where = device_of(model)
+    held = [
+        {k: v.to(where) if isinstance(v, torch.Tensor) else v for k, v in b.items()}
+        for b in batches(open_data(f"npz:{data / HELD}"), eval_transform(ready.preprocessing), 100)
+    ]
+    found = {r: measure_sharpness(model, held, task_loss, Ascent(rho=r)) for r in RADII}
     return {"loss": found[RADII[0]].loss, **{f"sharpness at {r:g}": m.rise for r, m in found.items()}}
 
 
-def accuracy(model: torch.nn.Module, ready: Any) -> float:
+def accuracy(data: Path, model: torch.nn.Module, ready: Any) -> float:
     """Return the top-1 accuracy in percent on the test images."""
-    images = batches(open_data(TEST), eval_transform(ready.preprocessing), 200)
+    images = batches(open_data(f"npz:{data / TEST}"), eval_transform(ready.preprocessing), 200)
     return 100 * Classification().evaluate(predictor(model), images).top1
 
 
-def float_model(out: Path, steps: int) -> Path:
-    """Train the float model once; returns its folder."""
-    folder = out / "float-model"
-    if not (folder / "model.json").is_file():
-        dense = {"name": "preact_resnet8", "num_classes": 10, "options": {"width": 8}}
-        model, _, (ready, _) = trained(recipe(dense, [], steps, 0, 0.1), out / "float")
-        (out / "float.json").write_text(json.dumps({"top1": accuracy(model.eval(), ready)}))
-        save(model, folder)
-    return folder
+class Bench:
+    """The experiment: where its data are and where its results go.
 
+    Args:
+        data: Folder with the CIFAR-10 files.
+        out: Folder of runs and results.
+        size: Entry of ``SIZES``.
+    """
 
-def one(out: Path, name: str, seed: int, what: tuple[dict[str, Any], int]) -> dict[str, Any]:
-    """Run one item for one seed, or read what an earlier call found."""
-    folder = out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-    done = folder / "result.json"
-    if not done.is_file():
-        method, steps = what
-        _, finished, (ready, before) = trained(recipe(str(out / "float-model"), [method], steps, seed, 0.02), folder)
+    def __init__(self, data: Path, out: Path, size: dict[str, Any]) -> None:
+        self.data, self.out, self.size = data, out, size
+
+    def float_model(self) -> Path:
+        """Train the float model once; returns its folder."""
+        folder = self.out / "float-model"
+        if not (folder / "model.json").is_file():
+            dense = {"name": "preact_resnet8", "num_classes": 10, "options": {"width": self.size["width"]}}
+            run = recipe(self.data, dense, [], self.size["float"], 0, 0.1)
+            model, ready, _ = trained(self.data, run, self.out / "float")
+            (self.out / "float.json").write_text(json.dumps({"top1": accuracy(self.data, model.eval(), ready)}))
+            save(model, folder)
+        return folder
+
+    def result(self, name: str, seed: int) -> Path:
+        """Return where the result of a job is kept."""
+        return self.out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}" / "result.json"
+
+    def one(self, name: str, seed: int, job: Job) -> None:
+        """Run one item for one seed."""
+        method, steps = job
+        run = recipe(self.data, str(self.float_model()), [method], steps, seed, 0.02)
+        finished, ready, before = trained(self.data, run, self.result(name, seed).parent)
         facts = next(iter(ready.stack.describe(finished).values()))["facts"]
-        found = {**before, "top1": accuracy(finished, ready), "bops": facts["BOPs per image"]}
-        done.write_text(json.dumps(found))
-    return json.loads(done.read_text())
+        found = {**before, "top1": accuracy(self.data, finished, ready), "bops": facts["BOPs per image"]}
+        self.result(name, seed).write_text(json.dumps(found))
+
+    def jobs(self, index: int, of: int) -> None:
+        """Run every ``of``-th job that is not done, dearest first."""
+        every = [(n, s, job) for n, job in items(self.size).items() for s in SEEDS]
+        every.sort(key=lambda j: -j[2][1] * (1 + ("saq" in j[2][0]) + ("searched" in j[0])))
+        for name, seed, job in every[index::of]:
+            if not self.result(name, seed).is_file():
+                self.one(name, seed, job)
+
+    def table(self) -> None:
+        """Print mean and deviation over the seeds and write all figures."""
+        table: dict[str, list[dict[str, Any]]] = {}
+        for name in items(self.size):
+            files = [self.result(name, seed) for seed in SEEDS]
+            table[name] = rows = [json.loads(f.read_text()) for f in files if f.is_file()]
+            if rows:
+                shown = {k: [r[k] for r in rows] for k in rows[0]}
+                spread = {
+                    k: (round(statistics.mean(v), 4), round(statistics.stdev(v), 4) if len(v) > 1 else 0.0)
+                    for k, v in shown.items()
+                }
+                print(f"{name:28} {len(rows)} seeds", spread, flush=True)
+        (self.out / "saq.json").write_text(json.dumps(table, indent=1))
+        print("float", json.loads((self.out / "float.json").read_text()))
 
 
-def main(out: Path, size: str = "full") -> None:
-    """Run everything and print the table: mean and standard deviation over the seeds."""
+def main() -> None:
+    """Run what is missing; without ``--part`` print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("--part", default=None, metavar="I/N")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    out.mkdir(parents=True, exist_ok=True)
-    float_model(out, SIZES[size]["float"])
-    table: dict[str, list[dict[str, Any]]] = {}
-    for name, what in items(SIZES[size]).items():
-        table[name] = [one(out, name, seed, what) for seed in SEEDS]
-        shown = {k: [r[k] for r in table[name]] for k in table[name][0]}
-        spread = {k: (round(statistics.mean(v), 4), round(statistics.stdev(v), 4)) for k, v in shown.items()}
-        print(f"{name:22}", spread, flush=True)
-        (out / "saq.json").write_text(json.dumps(table, indent=1))
-    print("float", json.loads((out / "float.json").read_text()))
+    args.out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args.data, args.out, SIZES[args.size])
+    bench.float_model()
+    index, of = map(int, (args.part or "0/1").split("/"))
+    bench.jobs(index, of)
+    if args.part is None:
+        bench.table()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main()

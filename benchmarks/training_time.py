@@ -7,7 +7,8 @@ An arm is a name and the overrides that make it, separated by ``;``. ``@other`` 
 first arm), cut to the processor time that arm ``other`` took with the same seed. Arms alternate within a seed, so
 that whatever else the machine does hits all alike; wall and processor time are both kept, since only the latter
 leaves out what others took. Both count everything: reading, steps, edits, searches, checkpoints; evaluation of the
-finished model is stated apart. A run that was killed goes on where it was.
+finished model is stated apart. A run that was killed goes on where it was; what is done is kept in the folder, so that
+several processes can each take some arms or seeds (``--first``) and a last call prints the table of all.
 """
 
 from __future__ import annotations
@@ -98,13 +99,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--arm", action="append", required=True, metavar="NAME=OVERRIDES")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
     arms = dict(arm.split("=", 1) for arm in args.arm)
     results: list[dict[str, dict[str, Any]]] = []
-    for seed in range(args.seeds):
+    for seed in range(args.first, args.first + args.seeds):
         results.append({})
         for name in arms:
             folder = args.out / f"{name}-{seed}"
