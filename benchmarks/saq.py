@@ -5,8 +5,8 @@
 Trains a float PreAct ResNet-8 once, then every item for three seeds, one run folder each; what is done is not done
 again, an interrupted run goes on. ``--part i/n`` runs every n-th job, so that n processes share the work; a call
 without it prints the table and writes ``OUT/saq.json``. ``full`` is ten epochs of 10,000 images for each job: minutes
-on a GPU that several processes share, hours on one core. ``small`` takes 10 minutes of one core: too short to say
-more than that it works.
+on a GPU that several processes share, hours on one core. ``few`` is twenty epochs of 2,000 images, where plain training
+overfits; about an hour of one core. ``small`` takes 10 minutes of one core: too short to say more than that it works.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from gossamer.pipeline.setup import set_up
 from gossamer.recipe import Recipe
 from gossamer.tasks.classification import Classification, logits_of, predictor
 
-TRAIN, HELD = "cifar10_train_50000_q95.npz[0:10000]", "cifar10_train_50000_q95.npz[20000:21000]"
+TRAIN, HELD = "cifar10_train_50000_q95.npz[0:{}]", "cifar10_train_50000_q95.npz[20000:21000]"
 TEST = "cifar10_test_8000.npz[0:4000]"
 AUGMENT = {"scale": [0.6, 1.0], "ratio": [0.9, 1.1], "color_jitter": None}
 SEEDS = (0, 1, 2)
@@ -42,14 +42,15 @@ RADII = (0.03, 0.1, 0.4)
 COMMON = {"clip_start": "mse", "clip_decay": 1e-4}
 SIZES: dict[str, dict[str, Any]] = {
     "full": {
-        "width": 16, "float": 1560, "steps": 1560, "bits": (2, 3, 4), "rho": (0.1, 0.4),
+        "images": 10_000, "width": 16, "float": 1560, "steps": 1560, "bits": (2, 3, 4), "rho": (0.1, 0.4),
         "search": 780, "candidates": 20, "batches": 8,
     },
-    "toy": {
-        "width": 4, "float": 4, "steps": 3, "bits": (3,), "rho": (0.03,), "search": 4, "candidates": 2, "batches": 1,
+    "few": {
+        "images": 2000, "width": 16, "float": 1500, "steps": 625, "bits": (2, 3, 4), "rho": (0.1, 0.4),
+        "search": 300, "candidates": 10, "batches": 6,
     },
     "small": {
-        "width": 8, "float": 1600, "steps": 120, "bits": (3,), "rho": (0.03,),
+        "images": 10_000, "width": 8, "float": 1600, "steps": 120, "bits": (3,), "rho": (0.03,),
         "search": 50, "candidates": 6, "batches": 3,
     },
 }  # fmt: skip
@@ -84,12 +85,12 @@ def device_of(model: torch.nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def recipe(data: Path, model: Any, methods: list[dict[str, Any]], steps: int, seed: int, lr: float) -> Recipe:
-    """Return the recipe of one run."""
+def recipe(train: str, model: Any, methods: list[dict[str, Any]], steps: int, seed: int, lr: float) -> Recipe:
+    """Return the recipe of one run on the images ``train``."""
     searching = any(options.get("search") for m in methods for options in m.values())
     return Recipe(
         model=model,
-        data={"train": f"npz:{data / TRAIN}", "augment": AUGMENT, "search_share": 0.2 if searching else 0.0},
+        data={"train": train, "augment": AUGMENT, "search_share": 0.2 if searching else 0.0},
         methods=methods,
         train={
             "steps": steps, "batch_size": BATCH, "optimizer": "sgd", "lr": lr, "weight_decay": 1e-4,
@@ -161,17 +162,19 @@ class Bench:
         data: Folder with the CIFAR-10 files.
         out: Folder of runs and results.
         size: Entry of ``SIZES``.
+        only: Items to run start so.
     """
 
-    def __init__(self, data: Path, out: Path, size: dict[str, Any]) -> None:
-        self.data, self.out, self.size = data, out, size
+    def __init__(self, data: Path, out: Path, size: dict[str, Any], only: str = "") -> None:
+        self.data, self.out, self.size, self.only = data, out, size, only
+        self.train = f"npz:{data / TRAIN.format(size['images'])}"
 
     def float_model(self) -> Path:
         """Train the float model once; returns its folder."""
         folder = self.out / "float-model"
         if not (folder / "model.json").is_file():
             dense = {"name": "preact_resnet8", "num_classes": 10, "options": {"width": self.size["width"]}}
-            run = recipe(self.data, dense, [], self.size["float"], 0, 0.1)
+            run = recipe(self.train, dense, [], self.size["float"], 0, 0.1)
             model, ready, _ = trained(self.data, run, self.out / "float")
             (self.out / "float.json").write_text(json.dumps({"top1": accuracy(self.data, model.eval(), ready)}))
             save(model, folder)
@@ -184,7 +187,7 @@ class Bench:
     def one(self, name: str, seed: int, job: Job) -> None:
         """Run one item for one seed."""
         method, steps = job
-        run = recipe(self.data, str(self.float_model()), [method], steps, seed, 0.02)
+        run = recipe(self.train, str(self.float_model()), [method], steps, seed, 0.02)
         finished, ready, before = trained(self.data, run, self.result(name, seed).parent)
         facts = next(iter(ready.stack.describe(finished).values()))["facts"]
         found = {**before, "top1": accuracy(self.data, finished, ready), "bops": facts["BOPs per image"]}
@@ -192,7 +195,7 @@ class Bench:
 
     def jobs(self, index: int, of: int) -> None:
         """Run every ``of``-th job that is not done, dearest first."""
-        every = [(n, s, job) for n, job in items(self.size).items() for s in SEEDS]
+        every = [(n, s, job) for n, job in items(self.size).items() if n.startswith(self.only) for s in SEEDS]
         every.sort(key=lambda j: -j[2][1] * (1 + ("saq" in j[2][0]) + ("searched" in j[0])))
         for name, seed, job in every[index::of]:
             if not self.result(name, seed).is_file():
@@ -222,10 +225,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--part", default=None, metavar="I/N")
+    parser.add_argument("--only", default="", help="run items that start so")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args.data, args.out, SIZES[args.size])
+    bench = Bench(args.data, args.out, SIZES[args.size], args.only)
     bench.float_model()
     index, of = map(int, (args.part or "0/1").split("/"))
     bench.jobs(index, of)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,6 +192,18 @@ def test_exit_codes(call, monkeypatch, error, code):
     assert "Traceback" not in result.stderr
     if code == 130:
         assert "--resume" in result.stderr
+
+
+def test_our_warnings_are_one_line_and_those_of_libraries_keep_their_form(call, monkeypatch):
+    def warn(*args, **kwargs):
+        warnings.warn_explicit("the table is\nforeign", UserWarning, api.__file__, 1)
+        warnings.warn_explicit("old", UserWarning, "/site/library.py", 7)
+        raise RunError("enough")
+
+    monkeypatch.setattr(api, "run", warn)
+    with pytest.warns(UserWarning, match="old"):
+        result = call("run", "r.yaml")
+    assert result.stderr.splitlines() == ["warning: the table is foreign", "error: enough"]
 
 
 def test_debug_shows_the_traceback(monkeypatch):

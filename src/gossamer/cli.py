@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +28,9 @@ class Commands(typer.core.TyperGroup):
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         """Run a command line and exit (or return, unless ``standalone_mode``)."""
-        code = self._guarded(lambda: super(Commands, self).main(*args, standalone_mode=False, **kwargs))
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_warn, warnings.showwarning)
+            code = self._guarded(lambda: super(Commands, self).main(*args, standalone_mode=False, **kwargs))
         if standalone_mode:
             sys.exit(code)
         return code
@@ -55,6 +59,14 @@ class Commands(typer.core.TyperGroup):
                 return _fail(f"{err.format_message()} See 'gossamer --help'.")
             text = " ".join(str(err).split())[:400]
             return _fail(f"{type(err).__name__}: {text} (GOSSAMER_DEBUG=1 shows where)", 1)
+
+
+def _warn(other: Callable[..., None], message: Warning | str, category: type[Warning], file: str, *more: Any) -> None:
+    """Show a warning of ours as one line; ``other`` shows those of libraries."""
+    if category is UserWarning and Path(file).is_relative_to(Path(__file__).parent):
+        print("warning: " + " ".join(str(message).split()), file=sys.stderr)
+    else:
+        other(message, category, file, *more)
 
 
 def _fail(text: str, code: int = 2) -> int:
