@@ -1,7 +1,7 @@
 """One thread and, unless asked, the CPU.
 
-The suite runs in two workers (``pyproject.toml``), which with more threads would only get in each other's way. Trainings
-run on the CPU, so that every machine checks the same; ``ACCELERATE_USE_CPU=false pytest`` runs them on a GPU.
+The suite runs in two workers (``pyproject.toml``), which with more threads would only get in each other's way.
+Trainings run on the CPU, so that every machine checks the same; ``ACCELERATE_USE_CPU=false pytest`` runs them on a GPU.
 """
 
 import os
