@@ -5,8 +5,9 @@
 Trains a float PreAct ResNet-8 once, then every item for three seeds, one run folder each; what is done is not done
 again, an interrupted run goes on. ``--part i/n`` runs every n-th job, so that n processes share the work; a call
 without it prints the table and writes ``OUT/saq.json``. ``full`` is ten epochs of 10,000 images for each job: minutes
-on a GPU that several processes share, hours on one core. ``few`` is twenty epochs of 2,000 images, where plain training
-overfits; about an hour of one core. ``small`` takes 10 minutes of one core: too short to say more than that it works.
+on a GPU that several processes share, hours on one core. ``few`` is 31 epochs of 1,000 images, where plain training
+overfits; about half an hour of one core. ``small`` takes 10 minutes of one core: too short to say more than that it
+works.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "search": 780, "candidates": 20, "batches": 8,
     },
     "few": {
-        "images": 2000, "width": 16, "float": 1500, "steps": 625, "bits": (2, 3, 4), "rho": (0.1, 0.4),
-        "search": 300, "candidates": 10, "batches": 6,
+        "images": 1000, "width": 8, "float": 1000, "steps": 480, "bits": (2, 3, 4), "rho": (0.1, 0.4),
+        "search": 240, "candidates": 10, "batches": 6,
     },
     "small": {
         "images": 10_000, "width": 8, "float": 1600, "steps": 120, "bits": (3,), "rho": (0.03,),

@@ -19,7 +19,7 @@ from gossamer.cost.ledger import cost, default_example
 from gossamer.kits.conv_layout import round_outputs
 from gossamer.kits.dataflow import Dataflow
 from gossamer.kits.folding import fold_norms
-from gossamer.kits.quant_layout import classifiers, unfit_padding
+from gossamer.kits.quant_layout import classifiers, float_layer, unfit_padding
 from gossamer.kits.sharpness import norms_frozen
 from gossamer.models.contracts import replace_module
 from gossamer.ops.grids import LayerGrids
@@ -287,23 +287,10 @@ def wrap_layers(
 def unwrap_layers(model: nn.Module) -> nn.Module:
     """Put plain layers back, with the weights as they are, and the first copy of each switchable norm."""
     for name, layer in qat_layers(model).items():
-        replace_module(model, name, _plain(layer))
+        replace_module(model, name, float_layer(layer))
     for name, norm in [(n, m) for n, m in model.named_modules() if isinstance(m, SwitchableNorm)]:
         replace_module(model, name, norm.versions[0])
     return model
-
-
-def _plain(layer: LIQConv2d | LIQLinear) -> nn.Module:
-    new: nn.Conv2d | nn.Linear
-    if isinstance(layer, LIQLinear):
-        new = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    else:
-        new = nn.Conv2d(
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-            layer.groups, bias=layer.bias is not None, device="meta",
-        )  # type: ignore[arg-type]  # fmt: skip
-    new.weight, new.bias = layer.weight, layer.bias
-    return new
 
 
 def set_widths(model: nn.Module, layout: QatLayout, widths: Mapping[str, Widths]) -> None:
@@ -515,7 +502,7 @@ def finish_layers(
         if form == "int8":
             replace_module(model, name, _deployed(layer, name in folded))
         elif form == "float":
-            replace_module(model, name, _plain(layer))
+            replace_module(model, name, float_layer(layer))
     return round_outputs(fold_norms(model, norms), sums or {})
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "classifiers",
     "final_forms",
     "finish_layers",
+    "float_layer",
     "layer_specs",
     "open_layout",
     "quant_layers",
@@ -289,11 +290,10 @@ def _as_int8(layer: Any) -> nn.Module:
     )  # fmt: skip
 
 
-def _as_float(layer: Any) -> nn.Module:
-    if isinstance(layer, QuantMatMul):
-        return MatMul()
+def float_layer(layer: Any) -> nn.Linear | nn.Conv2d:
+    """Return a plain layer that holds the very weight and bias of a trainable or calibrated one."""
     new: nn.Linear | nn.Conv2d
-    if isinstance(layer, QuantLinear):
+    if hasattr(layer, "in_features"):
         new = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     else:
         new = nn.Conv2d(
@@ -326,7 +326,10 @@ def finish_layers(model: nn.Module, forms: Mapping[str, str]) -> nn.Module:
             if not isinstance(layer, QuantMatMul):
                 layer.float_bias = None
         else:
-            new = _as_int8(layer) if form == "int8" else _as_float(layer)
+            if form == "int8":
+                new = _as_int8(layer)
+            else:
+                new = MatMul() if isinstance(layer, QuantMatMul) else float_layer(layer)
             device = next((t.device for t in (*layer.parameters(), *layer.buffers())), None)
             replace_module(model, name, new.to(device) if device is not None else new)
     return model
