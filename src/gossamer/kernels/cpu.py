@@ -20,6 +20,7 @@ except ImportError:  # installed where there was no compiler: ops takes the plai
 
 __all__ = [
     "available",
+    "clock_hz",
     "describe",
     "layer_norm_backward",
     "move_range",
@@ -43,6 +44,11 @@ def describe() -> str:
     if _native is None:
         return "not built: plain torch is used. Install a C++ compiler (GCC or Clang) and run pip install again"
     return f"active, {_native.isa()}"
+
+
+def clock_hz() -> float:
+    """Return the cycles a second of the core in use, measured in a fraction of a second; needs the native kernels."""
+    return float(_native.clock_hz())
 
 
 def takes(x: Tensor, dtype: torch.dtype | None = None) -> bool:

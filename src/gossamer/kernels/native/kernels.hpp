@@ -5,6 +5,8 @@
 #pragma once
 #include <cstdint>
 
+#include "adder.hpp"
+
 namespace gossamer {
 
 enum Type : int { kFloat = 0, kBFloat16 = 1 };
@@ -41,11 +43,14 @@ struct Table {
   void (*layer_norm_backward)(int type, const void* grad, const uint8_t* q, Grouped g, int64_t begin, int64_t end,
                               const float* grid, const float* mean, const float* rstd, const float* weight, void* out,
                               float* sums);
+  AdderTable adder;
 };
 
 constexpr int kLanes = 16;
 constexpr int kBlock = 128;  // elements that share one vector of 16 Philox counters
 constexpr int kRounds = 7;
+
+extern const Table* chosen;  // the table in use
 
 const Table& plain_table();
 const Table& avx2_table();

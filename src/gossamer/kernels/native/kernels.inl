@@ -13,6 +13,7 @@ namespace {
 #include "philox_round.inl"
 #include "group_pack.inl"
 #include "group_backward.inl"
+#include "adder.inl"
 
 // Picks the instance for the element type of the activations.
 #define GOSSAMER_BY_TYPE(name, ...) \
@@ -42,8 +43,9 @@ void layer_norm_backward_any(int type, const void* grad, const uint8_t* q, Group
   GOSSAMER_BY_TYPE(layer_norm_backward, grad, q, g, b, e, grid, mean, rstd, weight, out, sums);
 }
 
-const Table kTable = {ISA_NAME,        extremes_any,         quantize_any,           dequantize_any,
-                      times_table_any, softmax_backward_any, layer_norm_backward_any};
+// constexpr: initialising it at load would run this instruction set on machines that lack it.
+constexpr Table kTable = {ISA_NAME,        extremes_any,         quantize_any,            dequantize_any,
+                          times_table_any, softmax_backward_any, layer_norm_backward_any, kAdder};
 
 }  // namespace
 }  // namespace ISA

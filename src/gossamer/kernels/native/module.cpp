@@ -3,16 +3,18 @@
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <string>
-#include <thread>
 #include <vector>
 
-#include "kernels.hpp"
+#include "calls.hpp"
 
 namespace nb = nanobind;
 using namespace gossamer;
+
+void bind_adder(nb::module_& m);
 
 namespace {
 
@@ -29,7 +31,11 @@ const Table& best() {
   return plain_table();
 }
 
-const Table* chosen = &best();
+}  // namespace
+
+const Table* gossamer::chosen = &best();
+
+namespace {
 
 bool use(const std::string& name) {
   if (name == "best") chosen = &best();
@@ -44,25 +50,26 @@ bool use(const std::string& name) {
   return true;
 }
 
-constexpr float kFlat = 1e-35f;             // a smaller range would overflow levels / range
-constexpr int64_t kWorthAThread = 1 << 17;  // elements; a thread costs some 20 microseconds to start
+constexpr float kFlat = 1e-35f;  // a smaller range would overflow levels / range
 
-// Calls body(part, begin, end) for `parts` equal stretches of [0, units).
-template <typename Body>
-void parallel(int64_t units, int64_t parts, const Body& body) {
-  parts = std::max<int64_t>(1, std::min(parts, units));
-  std::vector<std::thread> threads;
-  for (int64_t p = 1; p < parts; ++p)
-    threads.emplace_back([&, p] { body(p, units * p / parts, units * (p + 1) / parts); });
-  body(0, 0, units / parts);
-  for (auto& t : threads) t.join();
-}
-
-int64_t parts_for(int64_t elements, int64_t threads) { return std::min(threads, 1 + elements / kWorthAThread); }
-
-template <typename T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+// Clock of the core that runs this, by a chain of additions of one cycle each.
+double clock_hz() {
+  constexpr int64_t kAdditions = 1 << 25;
+  double best = 0.0;
+  for (int round = 0; round < 5; ++round) {
+    int64_t v = 0;
+    const auto started = std::chrono::steady_clock::now();
+    for (int64_t i = 0; i < kAdditions; i += 8) {
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; ++k) {
+        v += 1;
+        asm volatile("" : "+r"(v));
+      }
+    }
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - started;
+    best = std::max(best, kAdditions / seconds.count());
+  }
+  return best;
 }
 
 // Extremes of every group over all rows: out is [2, groups], minimum then maximum.
@@ -173,10 +180,12 @@ NB_MODULE(_native, m) {
   m.doc() = "Native CPU kernels. Call them through gossamer.kernels.cpu, which checks what it passes.";
   m.def("isa", [] { return std::string(chosen->name); }, "Name of the instruction set in use.");
   m.def("use", &use, "Choose an instruction set by name, or 'best'; false if this machine has not got it.");
+  m.def("clock_hz", &clock_hz, "Cycles a second, measured.");
   m.def("move_range", &move_range);
   m.def("pack", &pack);
   m.def("unpack", &unpack);
   m.def("times_table", &times_table);
   m.def("softmax_backward", &softmax_backward);
   m.def("layer_norm_backward", &layer_norm_backward);
+  bind_adder(m);
 }
