@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from gossamer.ops.steps import StepKind, steps_of
+
 __all__ = ["Product", "Trace", "storage_of", "tensors_in", "trace"]
 
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -22,19 +24,26 @@ _CONVOLUTIONS = frozenset({torch.ops.aten.convolution, torch.ops.aten._convoluti
 
 @dataclass(frozen=True)
 class Product:
-    """One executed matrix product, convolution or fused attention.
+    """One executed matrix product, convolution, fused attention, or sum of differences.
 
     Attributes:
         module: Innermost module that ran it.
         op: Name of the operator (``"aten.addmm"``).
-        macs: Multiply-accumulates for the whole batch.
+        steps: Inner steps for the whole batch: terms that are added up.
+        kind: Operations of one step.
         weighted: Whether one operand is a weight; else both are activations.
     """
 
     module: nn.Module
     op: str
-    macs: int
+    steps: int
+    kind: StepKind
     weighted: bool
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for the whole batch: steps that multiply."""
+        return self.steps if self.kind.multiplications else 0
 
 
 @dataclass
@@ -120,7 +129,7 @@ def _recorder(op: Any, formula: Callable[..., int], stack: _Stack, weights: set[
             or op in _CONVOLUTIONS
             or any(storage_of(x) in weights for x in tensors_in([args, kwargs]))
         )
-        found.products.append(Product(module, str(op), flops // 2, weighted))
+        found.products.append(Product(module, str(op), flops // 2, steps_of(op), weighted))
         return flops
 
     record._get_raw = True  # type: ignore[attr-defined]  # torch then hands over tensors, not shapes

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import GossamerError, ModelError, RecipeError, nearest
 from gossamer.cost.counting import Product, Trace, trace
+from gossamer.cost.energy import energy_pj
 from gossamer.cost.saved import SavedTensor, by_operator, saved_tensors
 from gossamer.runtimes.session import first_line
 from gossamer.runtimes.torch_runtime import evaluating
@@ -22,6 +23,10 @@ __all__ = ["CONVENTION", "Cost", "LayerCost", "cost", "default_example"]
 CONVENTION = {
     "macs": "executed multiply-accumulates of matrix products, convolutions and attention, per image; "
     "bias, normalisation, softmax and activation functions count 0",
+    "additions": "of the same operators, per image: one a MAC, two where differences are summed; multiplications "
+    "are the MACs",
+    "energy_pj": "estimate for the arithmetic of these operators alone, per image, at the widths declared "
+    "(cost.energy: 45 nm, operands at their width, sums of integers in 32 bits); memory is not counted",
     "theoretical_macs": "as the paper counts: a module's own theoretical_macs in place of what it executed",
     "bops": "executed MACs x weight bits x input bits of every layer, first and last included; "
     "attention products: bits of both operands; undeclared widths are those of the floats held",
@@ -54,6 +59,8 @@ class LayerCost:
         name: Path of the module; ``""`` is the model itself.
         type: Class of the module.
         macs: Executed MACs per image.
+        additions: Additions per image (the multiplications are the MACs).
+        energy_pj: Estimated energy of both, per image.
         theoretical_macs: MACs per image as the paper counts; where a module states a count, it
             stands at that module and everything inside has 0.
         bops: Bit operations per image.
@@ -68,6 +75,8 @@ class LayerCost:
     name: str
     type: str
     macs: int
+    additions: int
+    energy_pj: float
     theoretical_macs: int
     bops: int
     params: int
@@ -84,6 +93,8 @@ class Cost:
 
     Attributes:
         macs: Executed MACs per image.
+        additions: Additions per image (the multiplications are the MACs).
+        energy_pj: Estimated energy of both, per image (``cost.energy``).
         theoretical_macs: MACs per image as the paper counts.
         bops: Bit operations per image.
         params: Parameters.
@@ -97,6 +108,8 @@ class Cost:
     """
 
     macs: int
+    additions: int
+    energy_pj: float
     theoretical_macs: int
     bops: int
     params: int
@@ -254,13 +267,20 @@ def _layers(
         own = products.get(module, [])
         weight, given = _widths(module, bool(own), bits, held)
         macs = round(sum(p.macs for p in own) / batch)
+        additions = round(sum(p.steps * p.kind.additions for p in own) / batch)
+        energy = sum(p.steps * energy_pj(p.kind, weight if p.weighted else given, given) for p in own) / batch
         bops = round(sum(p.macs * given * (weight if p.weighted else given) for p in own) / batch)
         params, size = store.take(path, module, weight)
         put_out, held_back = found.output_bytes.get(module, 0), saved.get(module, 0)
         expected = theoretical.get(module, 0)
-        if macs or expected or params or size or put_out or held_back:
+        if macs or additions or expected or params or size or put_out or held_back:
             kind = type(module).__name__
-            rows.append(LayerCost(path, kind, macs, expected, bops, params, size, put_out, held_back, weight, given))
+            rows.append(
+                LayerCost(
+                    path, kind, macs, additions, energy, expected, bops, params, size, put_out, held_back,
+                    weight, given,
+                )
+            )  # fmt: skip
     return rows
 
 
@@ -301,9 +321,9 @@ def cost(
     The model runs where it is: on the ``meta`` device (``with torch.device("meta")``) large models
     cost nothing. Modes, buffers and random state are left as they were. MACs come from
     ``torch.utils.flop_counter``, halved; operators of one's own join by its
-    ``register_flop_formula``. A module may declare ``weight_bits``, ``input_bits`` (of a product of
-    two activations: second and first operand), ``weight_bytes`` and ``theoretical_macs`` (MACs per
-    image of the module with all it contains).
+    ``register_flop_formula``, or by ``ops.steps`` where they do not multiply. A module may declare
+    ``weight_bits``, ``input_bits`` (of a product of two activations: second and first operand),
+    ``weight_bytes`` and ``theoretical_macs`` (MACs per image of the module with all it contains).
 
     Args:
         model: Any module.
@@ -331,6 +351,8 @@ def cost(
     layers = _layers(model, found, kept, batch, widths, held)
     return Cost(
         macs=sum(r.macs for r in layers),
+        additions=sum(r.additions for r in layers),
+        energy_pj=sum(r.energy_pj for r in layers),
         theoretical_macs=sum(r.theoretical_macs for r in layers),
         bops=sum(r.bops for r in layers),
         params=sum(r.params for r in layers),
