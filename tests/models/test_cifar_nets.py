@@ -22,6 +22,14 @@ def test_float_bit_operations_are_the_published_ones(name: str, classes: int, bo
     assert cost(load_model(name, num_classes=classes), saved=False).bops == bops
 
 
+@pytest.mark.parametrize(
+    ("name", "params", "macs"), [("resnet20_cifar", 272_464, 40_813_184), ("resnet32_cifar", 466_896, 69_124_736)]
+)
+def test_plain_resnets_have_the_published_sizes(name: str, params: int, macs: int) -> None:
+    found = cost(load_model(name, num_classes=10, head_bias=False), saved=False)
+    assert (found.params, found.macs) == (params, macs)
+
+
 def test_networks_are_timm_models() -> None:
     model = load_model("preact_resnet8", num_classes=7, width=8)
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7) and source_of(model).kwargs == {"width": 8}

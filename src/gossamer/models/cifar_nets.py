@@ -1,5 +1,7 @@
 """Networks for 32 x 32 images that timm lacks, registered with timm.
 
+``resnet8/20/32_cifar``: residual networks (arXiv 1512.03385, section 4.2) with 1x1 convolutions and batch norms on the
+shortcuts that change shape, as used in arXiv 1912.13200.
 ``preact_resnet8/20/32/44/56/110``: pre-activation residual networks (arXiv 1603.05027) with 1x1 convolutions on
 the shortcuts that change shape, taken after the shared pre-activation, and ``mobilenetv2_cifar``:
 MobileNetV2 (arXiv 1801.04381) with strides removed for 32 x 32. As used in arXiv 2111.12273.
@@ -13,7 +15,7 @@ from typing import Any
 from timm.models import register_model
 from torch import Tensor, nn
 
-__all__ = ["MobileNetV2Cifar", "PreActResNet"]
+__all__ = ["CifarResNet", "MobileNetV2Cifar", "PreActResNet"]
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -37,6 +39,71 @@ def _init_weights(model: nn.Module) -> None:
         if isinstance(m, nn.Conv2d):
             fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels // m.groups
             nn.init.normal_(m.weight, std=math.sqrt(2.0 / fan_out))
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions with batch norms beside a shortcut."""
+
+    def __init__(self, width_in: int, width_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width_out)
+        self.act1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width_out)
+        self.act2 = nn.ReLU()
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or width_in != width_out:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(width_in, width_out, 1, stride, bias=False), nn.BatchNorm2d(width_out)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, out, H / stride, W / stride] of ``x`` [B, in, H, W]."""
+        out = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
+        return self.act2(out + self.downsample(x))
+
+
+class CifarResNet(nn.Module):
+    """ResNet of ``depth`` = 6 n + 2 layers in three stages.
+
+    Args:
+        name: Entry point, for the configuration.
+        depth: Number of layers.
+        num_classes: Classes.
+        width: Channels of the first stage; doubled at each following one.
+        in_chans: Image channels.
+        head_bias: Whether the classifier has a bias.
+    """
+
+    def __init__(
+        self, name: str, depth: int, num_classes: int = 10, width: int = 16, in_chans: int = 3, head_bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.default_cfg = self.pretrained_cfg = _config(name, num_classes, "fc", "conv1")
+        self.conv1 = nn.Conv2d(in_chans, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.act1 = nn.ReLU()
+        channels = width
+        for k in range(3):
+            out, blocks = width * 2**k, []
+            for i in range((depth - 2) // 6):
+                blocks.append(_Block(channels, out, 2 if k and not i else 1))
+                channels = out
+            self.add_module(f"layer{k + 1}", nn.Sequential(*blocks))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, num_classes, bias=head_bias)
+        _init_weights(self)
+
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier."""
+        return self.fc
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits [B, K] of images [B, C, 32, 32]."""
+        x = self.layer3(self.layer2(self.layer1(self.act1(self.bn1(self.conv1(x))))))
+        return self.fc(self.pool(x).flatten(1))
 
 
 class _PreActBlock(nn.Module):
@@ -172,6 +239,24 @@ class MobileNetV2Cifar(nn.Module):
 def _build(kind: type[nn.Module], options: dict[str, Any]) -> nn.Module:
     """Drop what timm passes to every entry point and these networks do not take."""
     return kind(**{k: v for k, v in options.items() if not k.startswith(("pretrained", "cache_dir"))})
+
+
+@register_model
+def resnet8_cifar(pretrained: bool = False, **options: Any) -> nn.Module:
+    """Return a ResNet-8 for 32 x 32 images."""
+    return _build(CifarResNet, {"name": "resnet8_cifar", "depth": 8, **options})
+
+
+@register_model
+def resnet20_cifar(pretrained: bool = False, **options: Any) -> nn.Module:
+    """Return a ResNet-20 for 32 x 32 images."""
+    return _build(CifarResNet, {"name": "resnet20_cifar", "depth": 20, **options})
+
+
+@register_model
+def resnet32_cifar(pretrained: bool = False, **options: Any) -> nn.Module:
+    """Return a ResNet-32 for 32 x 32 images."""
+    return _build(CifarResNet, {"name": "resnet32_cifar", "depth": 32, **options})
 
 
 @register_model
