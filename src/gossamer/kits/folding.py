@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import ModelError
 from gossamer.models.contracts import replace_module
+from gossamer.ops.adder_layers import Int8AdderConv2d
 from gossamer.ops.int8 import Int8Conv2d, Int8Linear
 
 __all__ = ["fold_norms", "left_of"]
@@ -52,7 +53,7 @@ def fold_norms(model: nn.Module, pairs: Sequence[Sequence[str]]) -> nn.Module:
         if getattr(norm, "running_var", None) is None:
             raise ModelError(f"folding {norm_name!r}: a {type(norm).__name__} without running statistics cannot be")
         gain, shift = _affine(norm)
-        if isinstance(layer, Int8Conv2d | Int8Linear):
+        if isinstance(layer, Int8Conv2d | Int8Linear | Int8AdderConv2d):
             layer.scale_outputs(gain.float(), shift.float())
         else:
             _scale_rows(layer, gain, shift)

@@ -1,0 +1,50 @@
+"""Batch norms' running statistics taken anew, for a model whose layers changed after they were collected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gossamer.core.errors import DataError
+
+__all__ = ["reestimate_norms"]
+
+
+@torch.no_grad()
+def reestimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> int:
+    """Replace running means and variances by the averages over ``batches``; all else runs as in evaluation.
+
+    Args:
+        model: Any module; its modes stay.
+        batches: Images [B, ...], each a batch of its own with the same weight.
+
+    Returns:
+        Number of norms that took new statistics.
+
+    Raises:
+        DataError: No batch.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    modes = [(m, m.training) for m in model.modules()]
+    momenta = [m.momentum for m in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's cumulative average
+        norm.training = True
+    count = 0
+    try:
+        for images in batches:
+            model(images)
+            count += 1
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in modes:
+            module.training = mode
+    if not count:
+        raise DataError("batch norms: no batch to take statistics from; give at least one")
+    return len(norms)
