@@ -39,7 +39,7 @@ class RunResult:
     """What a run leaves behind.
 
     Attributes:
-        model: The finished model.
+        model: The finished model, on the CPU.
         table: One dictionary a row: stage, runtime, precision, cost, accuracy, latency.
         run_dir: The run folder (design: recipe, metrics, edits, model, artefacts, cost, report).
         report: The HTML report.
@@ -100,7 +100,7 @@ def _train(setup: Setup, run_dir: Path, *, resume: bool, progress: bool) -> tupl
         setup.stack, setup.task, setup.loaders, setup.plan,
         settings=setup.recipe.train, run_dir=run_dir, seed=setup.recipe.seed, options=options,
     )  # fmt: skip
-    model = loop.run(setup.model).eval()
+    model = loop.run(setup.model).eval().cpu()  # what follows, measuring in runtimes, happens there
     if is_main():
         keeper.keep(99, "finished", model)
     return model, keeper

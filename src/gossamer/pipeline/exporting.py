@@ -58,7 +58,7 @@ def _by_method(method: Method, model: nn.Module, images: ImageSource) -> nn.Modu
     )
     plan = Plan([Phase("fit", 0)])
     loop = Loop(stack, Classification(), {"train": loader, "calibration": loader}, plan)
-    return loop.run(copy.deepcopy(model)).eval()
+    return loop.run(copy.deepcopy(model)).eval().cpu()
 
 
 def _accuracy(graph: Path, runtime: str, images: ImageSource, module: nn.Module, batch: int) -> float:

@@ -83,7 +83,7 @@ class StageFolder:
         if self.savable:
             save(model, path, stack=self.stack if edited else None)
         else:
-            self._memory[path.name] = copy.deepcopy(model).eval()
+            self._memory[path.name] = copy.deepcopy(model).cpu().eval()
 
     def keep_pretrained(self, index: int, dense: nn.Module) -> None:
         """Keep the dense model, which the phase at ``index`` of the plan has left."""
