@@ -8,6 +8,6 @@ a test suite can run them one by one.
 """
 
 from gossamer.conformance.rooms import ROOM_CHECKS
-from gossamer.conformance.suite import CHECKS, NotConformant, check_method, check_pair
+from gossamer.conformance.suite import CHECKS, NotConformant, check_method, check_pair, fits
 
-__all__ = ["CHECKS", "ROOM_CHECKS", "NotConformant", "check_method", "check_pair"]
+__all__ = ["CHECKS", "ROOM_CHECKS", "NotConformant", "check_method", "check_pair", "fits"]

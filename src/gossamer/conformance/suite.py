@@ -26,10 +26,13 @@ from gossamer.conformance.running import (
     require,
     run,
 )
+from gossamer.core.errors import GossamerError
 from gossamer.core.method import Method
+from gossamer.core.stack import Stack
 from gossamer.kits.example import MethodExample
+from gossamer.kits.teacher import bind_self
 
-__all__ = ["CHECKS", "NotConformant", "check_method", "check_pair"]
+__all__ = ["CHECKS", "NotConformant", "check_method", "check_pair", "fits"]
 
 CHECKS: Mapping[str, Callable[[MethodExample], None]] = {
     "declarations": check_declarations,
@@ -65,6 +68,17 @@ def check_method(example: MethodExample, skip: Sequence[str] = ()) -> list[str]:
             check(example)
             passed.append(name)
     return passed
+
+
+def fits(first: MethodExample, second: MethodExample) -> bool:
+    """Whether two methods may share a stack and both take the model of ``first``."""
+    try:
+        stack, model = Stack([first.method(), second.method()]), first.model()
+        bind_self(stack, model)
+        stack.prepare(model)
+    except GossamerError:
+        return False
+    return True
 
 
 def check_pair(first: MethodExample, second: MethodExample) -> None:
