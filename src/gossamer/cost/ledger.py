@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from gossamer.core.errors import GossamerError, ModelError, RecipeError, nearest
 from gossamer.cost.counting import Product, Trace, trace
 from gossamer.cost.energy import energy_pj
 from gossamer.cost.saved import SavedTensor, by_operator, saved_tensors
+from gossamer.ops.routing import Routed, deployed, every_branch
 from gossamer.runtimes.session import first_line
 from gossamer.runtimes.torch_runtime import evaluating
 
-__all__ = ["CONVENTION", "Cost", "LayerCost", "cost", "default_example"]
+__all__ = ["CONVENTION", "BranchCost", "Cost", "LayerCost", "cost", "default_example"]
 
 CONVENTION = {
     "macs": "executed multiply-accumulates of matrix products, convolutions and attention, per image; "
@@ -27,6 +28,8 @@ CONVENTION = {
     "are the MACs",
     "energy_pj": "estimate for the arithmetic of these operators alone, per image, at the widths declared "
     "(cost.energy: 45 nm, operands at their width, sums of integers in 32 bits); memory is not counted",
+    "branches": "of a model that routes its images: every branch counts by the share of the images it was measured to "
+    "take, so that all figures per image are means; its own MACs are those of one image that takes it",
     "theoretical_macs": "as the paper counts: a module's own theoretical_macs in place of what it executed",
     "bops": "executed MACs x weight bits x input bits of every layer, first and last included; "
     "attention products: bits of both operands; undeclared widths are those of the floats held",
@@ -88,6 +91,21 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
+class BranchCost:
+    """One branch of a model that routes its images.
+
+    Attributes:
+        name: What the model calls it.
+        share: Share of the images that take it, in [0, 1].
+        macs: MACs of an image that takes it, the router left out.
+    """
+
+    name: str
+    share: float
+    macs: int
+
+
+@dataclass(frozen=True)
 class Cost:
     """Cost of a model; ``CONVENTION`` says what each figure means.
 
@@ -105,6 +123,7 @@ class Cost:
         saved_by_operator: The same by operator, largest first.
         input_shape: Shape of the example, batch first.
         per_layer: Modules with any cost, in model order.
+        branches: Branches that images are routed through, if it has any.
     """
 
     macs: int
@@ -120,6 +139,7 @@ class Cost:
     saved_by_operator: dict[str, int]
     input_shape: tuple[int, ...]
     per_layer: list[LayerCost]
+    branches: list[BranchCost] = field(default_factory=list)
 
     @property
     def memory_bytes(self) -> int:
@@ -252,8 +272,9 @@ def _theoretical(model: nn.Module, executed: dict[nn.Module, int]) -> dict[nn.Mo
 
 
 def _layers(
-    model: nn.Module, found: Trace, kept: Sequence[SavedTensor], batch: int, bits: tuple[int, int] | None, held: int
-) -> list[LayerCost]:
+    model: nn.Module, found: Trace, kept: Sequence[SavedTensor], batch: int, bits: tuple[int, int] | None, held: int,
+    shares: Mapping[nn.Module, float],
+) -> list[LayerCost]:  # fmt: skip
     saved: dict[nn.Module, int] = {}
     for s in kept:
         saved[s.module] = saved.get(s.module, 0) + s.bytes
@@ -264,15 +285,16 @@ def _layers(
     store = _Store(model)
     rows = []
     for path, module in model.named_modules():
-        own = products.get(module, [])
+        own, share = products.get(module, []), shares.get(module, 1.0)
+        per_image = share / batch
         weight, given = _widths(module, bool(own), bits, held)
-        macs = round(sum(p.macs for p in own) / batch)
-        additions = round(sum(p.steps * p.kind.additions for p in own) / batch)
-        energy = sum(p.steps * energy_pj(p.kind, weight if p.weighted else given, given) for p in own) / batch
-        bops = round(sum(p.macs * given * (weight if p.weighted else given) for p in own) / batch)
+        macs = round(per_image * sum(p.macs for p in own))
+        additions = round(per_image * sum(p.steps * p.kind.additions for p in own))
+        energy = per_image * sum(p.steps * energy_pj(p.kind, weight if p.weighted else given, given) for p in own)
+        bops = round(per_image * sum(p.macs * given * (weight if p.weighted else given) for p in own))
         params, size = store.take(path, module, weight)
-        put_out, held_back = found.output_bytes.get(module, 0), saved.get(module, 0)
-        expected = theoretical.get(module, 0)
+        put_out, held_back = round(share * found.output_bytes.get(module, 0)), saved.get(module, 0)
+        expected = round(share * theoretical.get(module, 0))
         if macs or additions or expected or params or size or put_out or held_back:
             kind = type(module).__name__
             rows.append(
@@ -282,6 +304,18 @@ def _layers(
                 )
             )  # fmt: skip
     return rows
+
+
+def _branches(model: nn.Module, found: Trace, batch: int) -> list[BranchCost]:
+    own: dict[nn.Module, int] = {}
+    for p in found.products:
+        own[p.module] = own.get(p.module, 0) + p.macs
+    return [
+        BranchCost(name, share, round(sum(own.get(m, 0) for m in branch.modules()) / batch))
+        for routed in model.modules()
+        if isinstance(routed, Routed)
+        for name, share, branch in zip(routed.names, routed.shares, routed.branches, strict=True)
+    ]
 
 
 def _check_bits(bits: int | Sequence[int] | None) -> tuple[int, int] | None:
@@ -319,7 +353,8 @@ def cost(
     """Return the cost of a model, from one evaluation pass and one training pass.
 
     The model runs where it is: on the ``meta`` device (``with torch.device("meta")``) large models
-    cost nothing. Modes, buffers and random state are left as they were. MACs come from
+    cost nothing. A model that routes its images has the mean cost over the shares it states. Modes,
+    buffers and random state are left as they were. MACs come from
     ``torch.utils.flop_counter``, halved; operators of one's own join by its
     ``register_flop_formula``, or by ``ops.steps`` where they do not multiply. A module may declare
     ``weight_bits``, ``input_bits`` (of a product of two activations: second and first operand),
@@ -338,17 +373,17 @@ def cost(
         ModelError: The input size is not known or wrong.
         RecipeError: ``bits`` out of range.
     """
-    widths = _check_bits(bits)
+    model, widths = deployed(model), _check_bits(bits)
     inputs = _inputs(model, example)
     batch = inputs[0].shape[0]
     held = _float_like(model)[1].itemsize * _BITS_PER_BYTE
-    with _explained(model, inputs), evaluating(model):
+    with _explained(model, inputs), evaluating(model), every_branch(model) as shares:
         found = trace(model, inputs)
     kept: list[SavedTensor] = []
     if saved:
         with _explained(model, inputs, " in training; pass a larger batch, or saved=False to leave it out"):
             kept = [s for s in saved_tensors(model, inputs, autocast) if not s.weight_copy]
-    layers = _layers(model, found, kept, batch, widths, held)
+    layers = _layers(model, found, kept, batch, widths, held, shares)
     return Cost(
         macs=sum(r.macs for r in layers),
         additions=sum(r.additions for r in layers),
@@ -363,4 +398,5 @@ def cost(
         saved_by_operator=by_operator(kept),
         input_shape=tuple(inputs[0].shape),
         per_layer=layers,
+        branches=_branches(model, found, batch),
     )
