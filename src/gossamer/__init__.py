@@ -18,6 +18,7 @@ _HOME = {
     "Phase": "gossamer.core.schedule",
     "Plan": "gossamer.core.schedule",
     "Recipe": "gossamer.recipe",
+    "Runner": "gossamer.export.runner",
     "Stack": "gossamer.core.stack",
     "Step": "gossamer.core.schedule",
     "Turn": "gossamer.core.schedule",

@@ -1,4 +1,8 @@
-"""The folder an export leaves behind: graph, preprocessing.json, export.json."""
+"""The folder an export leaves behind: graph, preprocessing.json, export.json.
+
+A routed model leaves a set: ``routing.json`` in place of the graph, and a folder of this kind for the router and for
+each branch.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,13 @@ from typing import Any
 
 from gossamer.core.errors import ModelError, StateError
 from gossamer.models.preprocessing import Preprocessing
+from gossamer.runtimes.routed import is_routing, read_routing
 
-__all__ = ["DESCRIPTION", "VERSION", "Artefact", "read_artefact", "write_artefact"]
+__all__ = ["DESCRIPTION", "VERSION", "Artefact", "graph_files", "read_artefact", "write_artefact"]
 
 FORMAT = "gossamer-export"
-VERSION = 1
+VERSION = 2
+"""Newest format read. 2 has routed sets; a single graph is written as 1, which older releases read."""
 DESCRIPTION, PREPROCESSING = "export.json", "preprocessing.json"
 
 
@@ -22,7 +28,7 @@ class Artefact:
     """An exported model.
 
     Attributes:
-        graph: The file a runtime loads (``model.onnx`` or ``model.xml``).
+        graph: The file a runtime loads (``model.onnx``, ``model.xml``; ``routing.json`` of a routed model).
         format: ``"onnx"`` or ``"openvino"``.
         batch: Images per call, or ``"dynamic"``.
         opset: ONNX operator set it was traced with.
@@ -48,9 +54,16 @@ class Artefact:
 
     @property
     def size(self) -> int:
-        """Bytes of the graph and its weights."""
-        beside = (self.graph, self.graph.with_suffix(".bin"), Path(f"{self.graph}.data"))
-        return sum(f.stat().st_size for f in beside if f.is_file())
+        """Bytes of the graph and its weights, of all graphs of a set."""
+        return sum(f.stat().st_size for f in graph_files(self.graph))
+
+
+def graph_files(graph: Path) -> list[Path]:
+    """Return the files that a graph consists of: itself, weights beside it, every graph of a routed model."""
+    if is_routing(graph):
+        routing, folder = read_routing(graph)
+        return [graph, *(f for name in routing.graphs for f in graph_files(folder / name))]
+    return [p for p in (graph, graph.with_suffix(".bin"), Path(f"{graph}.data")) if p.is_file()]
 
 
 def write_artefact(artefact: Artefact) -> Artefact:
@@ -59,7 +72,8 @@ def write_artefact(artefact: Artefact) -> Artefact:
     plain |= {"graph": artefact.graph.name, "size_bytes": artefact.size}
     text = json.dumps(artefact.preprocessing.to_json(), indent=1)
     (artefact.folder / PREPROCESSING).write_text(text + "\n", encoding="utf-8")
-    text = json.dumps({"kind": FORMAT, "version": VERSION, **plain}, indent=1)
+    version = VERSION if is_routing(artefact.graph) else 1
+    text = json.dumps({"kind": FORMAT, "version": version, **plain}, indent=1)
     (artefact.folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
     return artefact
 

@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import ModelError, RecipeError, RunError, nearest
+from gossamer.cost.ledger import cost
 from gossamer.export.artefact import DESCRIPTION, Artefact, read_artefact, write_artefact
 from gossamer.export.layout import lay_out
 from gossamer.export.onnx import DEFAULT_OPSET, trace, write
 from gossamer.export.openvino import convert
 from gossamer.export.verify import RUNTIMES, has_int8, verify
-from gossamer.models.preprocessing import preprocessing
+from gossamer.models.preprocessing import Preprocessing, preprocessing
 from gossamer.models.store import require_disk
+from gossamer.ops.routing import Routed, deployed
 from gossamer.runtimes import get
+from gossamer.runtimes.routed import BranchGraph, Routing, write_routing
 
 __all__ = ["Artefact", "export", "export_once", "read_artefact", "write_graph"]
 
 _FREE_BATCH = 2
 _MIB = 2**20
+_ROUTER = "router"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What is written: see ``export``; ``preprocessing`` is what the model's images went through."""
+
+    format: str
+    batch: int | str
+    opset: int
+    fp16: bool
+    tolerance: float | None
+    preprocessing: Preprocessing
 
 
 def _example(size: tuple[int, int, int], batch: int | str) -> Tensor:
@@ -90,7 +106,8 @@ def export(  # noqa: PLR0913 - each is a separate choice of the user
     """Write ``model`` as a graph into the folder ``path`` and prove that it computes the same.
 
     ONNX files are laid out for ONNX Runtime, IR files for OpenVINO (``export.layout``); 8-bit layers
-    become QuantizeLinear / DequantizeLinear around them, with weights stored as int8.
+    become QuantizeLinear / DequantizeLinear around them, with weights stored as int8. A model that routes its images
+    (``ops.routing``) becomes a set of graphs under one description.
 
     Args:
         model: Finished model; is not changed.
@@ -120,19 +137,56 @@ def export(  # noqa: PLR0913 - each is a separate choice of the user
         if example.dim() != images.dim() or (batch != "dynamic" and example.shape[0] != batch):
             raise ModelError(f"export: example of shape {list(example.shape)}; expected [{batch}, C, H, W]")
         images = example.detach().float().cpu()
-    folder = Path(path)
-    require_disk(folder, _needed(model, format))
+    form = deployed(model)
+    plain = form if _is_plain(form) else copy.deepcopy(form).float().cpu().eval()
+    require_disk(path, _needed(plain, format))
+    kind = _Kind(format, batch, opset, fp16, tolerance, pre)
+    write_any = _write_set if isinstance(plain, Routed) else _write_proven
+    return write_any(plain, images, Path(path), kind)
+
+
+def _clear(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DESCRIPTION).unlink(missing_ok=True)
-    plain = model if _is_plain(model) else copy.deepcopy(model).float().cpu().eval()
+
+
+def _write_proven(model: nn.Module, images: Tensor, folder: Path, kind: _Kind) -> Artefact:
+    """Write one graph with its proof and preprocessing."""
+    _clear(folder)
+    free = kind.batch == "dynamic"
     try:
-        target = write_graph(plain, images, folder, format, dynamic=batch == "dynamic", opset=opset, fp16=fp16)
+        target = write_graph(model, images, folder, kind.format, dynamic=free, opset=kind.opset, fp16=kind.fp16)
     except OSError as err:
         reason = f"writing failed ({err.strerror or err})"
         raise RunError(f"export to {folder}: {reason}; free some disk or choose another folder") from err
-    draft = Artefact(target, format, batch, opset, int8=has_int8(model), fp16=fp16, preprocessing=pre)
-    proof = verify(draft, plain, images, tolerance=tolerance)
+    draft = Artefact(
+        target, kind.format, kind.batch, kind.opset, int8=has_int8(model), fp16=kind.fp16,
+        preprocessing=kind.preprocessing,
+    )  # fmt: skip
+    proof = verify(draft, model, images, tolerance=kind.tolerance)
     return write_artefact(replace(draft, parity=proof.to_json()))
+
+
+def _write_set(model: Routed, images: Tensor, folder: Path, kind: _Kind) -> Artefact:
+    """Write router and branches as artefacts of their own, each proven, and the file that ties them together.
+
+    A branch gets any number of a call's images, so the batch of the graphs is free unless calls are of one image.
+    """
+    _clear(folder)
+    part = replace(kind, batch=1 if kind.batch == 1 else "dynamic")
+    names = [_ROUTER, *(f"branch-{name}" for name in model.names)]
+    parts = (model.router, *model.branches)
+    done = [_write_proven(m, images, folder / n, part) for m, n in zip(parts, names, strict=True)]
+    counted = cost(model, images[:1], saved=False)
+    branches = [
+        BranchGraph(b.name, f"{n}/{a.graph.name}", b.share, b.macs)
+        for b, n, a in zip(counted.branches, names[1:], done[1:], strict=True)
+    ]
+    router = sum(layer.macs for layer in counted.per_layer if layer.name.split(".")[0] == _ROUTER)
+    routing = Routing(f"{_ROUTER}/{done[0].graph.name}", tuple(branches), kind.batch, router)
+    worst = max(done, key=lambda a: a.parity["relative"] / a.parity["tolerance"])
+    whole = replace(worst, graph=write_routing(routing, folder), batch=kind.batch, int8=any(a.int8 for a in done))
+    return write_artefact(whole)
 
 
 def _is_plain(model: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from gossamer.core.errors import ModelError, nearest
 from gossamer.models import cifar_nets  # noqa: F401 - registers its networks with timm
 from gossamer.models.preprocessing import Preprocessing, preprocessing
 
-__all__ = ["ModelSource", "attach", "create", "source_of"]
+__all__ = ["ModelSource", "attach", "create", "inherit", "source_of"]
 
 LOCAL_ONLY = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 """timm options that name files or the network; a saved model must not depend on them."""
@@ -97,6 +97,17 @@ def attach(model: nn.Module, source: ModelSource) -> nn.Module:
         source = dataclasses.replace(source, preprocessing=preprocessing(model))
     model.gossamer_source = source  # type: ignore[assignment]
     return model
+
+
+def inherit(new: nn.Module, old: nn.Module) -> nn.Module:
+    """Let ``new``, which takes the place of ``old``, say what that said of itself; returns ``new``.
+
+    How it was built, its input, its number of classes: whatever of it ``old`` has.
+    """
+    for name in ("gossamer_source", "pretrained_cfg", "default_cfg", "num_classes"):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+    return new
 
 
 def _first_line(err: Exception) -> str:

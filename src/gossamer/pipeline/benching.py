@@ -14,7 +14,7 @@ from gossamer.core.errors import ModelError
 from gossamer.cost.latency import Timing, ratio
 from gossamer.cost.latency import bench as time_sessions
 from gossamer.pipeline.graphs import graph_for, resolve
-from gossamer.runtimes import get
+from gossamer.runtimes import as_recorded, get
 
 __all__ = ["bench"]
 
@@ -46,7 +46,7 @@ def bench(
                     graph = graph_for(model, runtime, b, Path(scratch) / f"m{i}")
                     for p in (precision,) if precision else engine.precisions():
                         keys.append((i, p))
-                        sessions.append(engine.load(graph, precision=p, threads=threads))
+                        sessions.append(as_recorded(engine.load(graph, precision=p, threads=threads)))
                 timings = time_sessions(sessions, x, rounds=rounds)
                 found = _rows(keys, timings, runtime, b)
                 rows += [{"model": names[i], **row} for (i, _), row in zip(keys, found, strict=True)]

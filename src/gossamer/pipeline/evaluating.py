@@ -12,6 +12,7 @@ from gossamer.data.sources import from_dataset, open_data, take
 from gossamer.pipeline.graphs import graph_for, resolve
 from gossamer.pipeline.measure import Prepared, runtime_accuracy
 from gossamer.runtimes import get
+from gossamer.runtimes.routed import RoutedSession
 from gossamer.tasks.classification import Classification
 
 __all__ = ["evaluate"]
@@ -35,6 +36,7 @@ def evaluate(
         session = engine.load(graph, precision=precision, threads=threads)
         fixed = (session.input_shape or (None,))[0] or batch
         result = runtime_accuracy(session, Prepared(images, pre, fixed), task, fixed)
+    routed = isinstance(session, RoutedSession)
     return {
         "images": len(result.targets),
         "top1": result.top1,
@@ -42,5 +44,6 @@ def evaluate(
         "top5": result.top5,
         "runtime": runtime,
         "precision": precision or "f32",
+        **({"branches": dict(zip(session.names, session.taken, strict=True))} if routed else {}),
         "skipped": [{"image": name, "reason": reason} for name, reason in images.failed],
     }

@@ -20,6 +20,8 @@ from gossamer.data.transforms import eval_transform
 from gossamer.engine.loop import Loop
 from gossamer.export.exporting import export as export_graph
 from gossamer.models.preprocessing import preprocessing
+from gossamer.models.source import inherit
+from gossamer.ops.routing import Routed, deployed
 from gossamer.pipeline.benching import bench
 from gossamer.pipeline.measure import FORMATS, Prepared, runtime_accuracy
 from gossamer.runtimes import get
@@ -33,12 +35,17 @@ CALIBRATION_IMAGES = 32
 def to_int8(model: nn.Module, images: ImageSource) -> nn.Module:
     """Return ``model`` in 8 bits by the first registered method that offers itself for it and takes the model.
 
-    Baselines come last.
+    Baselines come last. Of a routed model every branch is quantized on its own, since each sees other values; the
+    router stays exact.
 
     Raises:
         RecipeError: No registered method does.
         ModelError: None can handle the model.
     """
+    form = deployed(model)
+    if isinstance(form, Routed):
+        branches = [to_int8(inherit(branch, model), images) for branch in form.branches]
+        return inherit(Routed(form.router, branches, form.names, form.shares), model).eval()
     offers = [m for m in registry.methods().values() if "int8" in m.default_for]
     if not offers:
         raise RecipeError("export: no registered method offers int8; its card would state default_for: {int8: {}}")

@@ -8,10 +8,12 @@ from pathlib import Path
 from torch import nn
 
 from gossamer.core.errors import ModelError
+from gossamer.export.artefact import DESCRIPTION, read_artefact
 from gossamer.export.exporting import export
 from gossamer.models.build import load_model
 from gossamer.models.preprocessing import Preprocessing, preprocessing
 from gossamer.pipeline.measure import FORMATS
+from gossamer.runtimes.routed import ROUTING, is_routing, read_routing
 
 __all__ = ["GRAPHS", "graph_for", "is_graph", "resolve"]
 
@@ -20,8 +22,15 @@ GRAPHS = {".onnx": ("onnxruntime", "openvino"), ".xml": ("openvino",)}
 
 
 def is_graph(model: nn.Module | str) -> bool:
-    """Whether ``model`` names a graph file."""
-    return isinstance(model, str) and Path(model).suffix in GRAPHS
+    """Whether ``model`` names a graph file, the description of a routed model, or the folder of an export."""
+    if not isinstance(model, str):
+        return False
+    return Path(model).suffix in GRAPHS or Path(model).name == ROUTING or (Path(model) / DESCRIPTION).is_file()
+
+
+def _readers(graph: Path) -> tuple[str, ...]:
+    """Return the runtimes that can run a graph, or all graphs of a routed model."""
+    return GRAPHS[Path(read_routing(graph)[0].router if is_routing(graph) else graph).suffix]
 
 
 def resolve(model: nn.Module | str) -> tuple[nn.Module | Path, Preprocessing]:
@@ -32,8 +41,10 @@ def resolve(model: nn.Module | str) -> tuple[nn.Module | Path, Preprocessing]:
     """
     if isinstance(model, str) and is_graph(model):
         path = Path(model)
+        if path.is_dir():
+            path = read_artefact(path).graph
         if not path.is_file():
-            raise ModelError(f"{model}: no such file; expected an .onnx or .xml graph")
+            raise ModelError(f"{model}: no such file; expected an .onnx or .xml graph, or {ROUTING}")
         beside = path.parent / "preprocessing.json"
         if not beside.is_file():
             raise ModelError(f"{model}: no preprocessing.json beside it; export the model with gossamer to get one")
@@ -49,11 +60,9 @@ def graph_for(model: nn.Module | Path, runtime: str, batch: int, folder: Path) -
         ModelError: The runtime cannot read that kind of file.
     """
     if isinstance(model, Path):
-        if runtime not in GRAPHS[model.suffix]:
-            raise ModelError(
-                f"{model}: {runtime} cannot run {model.suffix} files; runtimes that can: "
-                f"{', '.join(GRAPHS[model.suffix])}"
-            )
+        if runtime not in _readers(model):
+            what = "its graphs" if is_routing(model) else f"{model.suffix} files"
+            raise ModelError(f"{model}: {runtime} cannot run {what}; runtimes that can: {', '.join(_readers(model))}")
         return model
     if runtime == "torch":
         return model

@@ -17,11 +17,12 @@ from gossamer.cost.ledger import Cost, cost
 from gossamer.data.loading import batches
 from gossamer.data.sources import ImageSource
 from gossamer.data.transforms import eval_transform
+from gossamer.export.artefact import graph_files
 from gossamer.export.exporting import export_once
 from gossamer.models.preprocessing import Preprocessing
 from gossamer.pipeline.stages import Stage
 from gossamer.recipe import ExportSettings
-from gossamer.runtimes import Session, get
+from gossamer.runtimes import Session, as_recorded, get
 from gossamer.tasks.classification import Classification, Evaluation
 from gossamer.tasks.paired import compare
 
@@ -55,7 +56,7 @@ class Measured:
 
     def row(self) -> dict[str, Any]:
         """Return the row as JSON, with the keys the report reads."""
-        size = sum(p.stat().st_size for p in _parts(next(iter(self.files.values())))) if self.files else None
+        size = sum(p.stat().st_size for p in graph_files(next(iter(self.files.values())))) if self.files else None
         ev = self.evaluation
         return {
             "stage": self.stage.title,
@@ -76,10 +77,6 @@ class Measured:
             "chosen": self.chosen,
             "note": self.note,
         }
-
-
-def _parts(graph: Path) -> list[Path]:
-    return [p for p in (graph, graph.with_suffix(".bin"), Path(f"{graph}.data")) if p.is_file()]
 
 
 class Prepared:
@@ -103,11 +100,12 @@ class Prepared:
 
 
 def runtime_accuracy(session: Session, loaded: Iterable[Batch], task: Classification, batch: int) -> Evaluation:
-    """Evaluate a session whose graph takes exactly ``batch`` images (the last batch is padded)."""
+    """Evaluate a session by ``batch`` images; where its graph takes no fewer, the last batch is padded."""
+    fixed = session.input_shape is not None and session.input_shape[0] is not None
 
     def predict(x: torch.Tensor) -> torch.Tensor:
         n = len(x)
-        full = torch.cat([x, x[:1].expand(batch - n, *x.shape[1:])]) if n < batch else x
+        full = torch.cat([x, x[:1].expand(batch - n, *x.shape[1:])]) if n < batch and fixed else x
         return torch.from_numpy(np.asarray(session.run(full.numpy())))[:n]
 
     return task.evaluate(predict, loaded)
@@ -152,11 +150,15 @@ def _export_rows(
 
 
 def _time(rows: list[Measured], batch: int, settings: ExportSettings, size: tuple[int, int, int]) -> None:
-    """Time all rows of one runtime and the dense model in torch in one interleaved run; fill in their ratios."""
+    """Time all rows of one runtime and the dense model in torch in one interleaved run; fill in their ratios.
+
+    The images are noise: a routed model takes its branches by the shares it recorded.
+    """
     x = np.random.default_rng(0).standard_normal((batch, *size), dtype=np.float32)
     threads = settings.threads
     dense = [i for i, r in enumerate(rows) if r.stage.name == "dense"]
-    sessions = [get(r.runtime).load(r.files[batch], precision=r.precision, threads=threads) for r in rows]
+    loaded = (get(r.runtime).load(r.files[batch], precision=r.precision, threads=threads) for r in rows)
+    sessions = [as_recorded(session) for session in loaded]
     eager = get("torch").load(rows[dense[0]].stage.model(), precision="f32", threads=threads)
     *timings, in_torch = bench([*sessions, eager], x, rounds=settings.rounds)
     fp32 = next(i for i in dense if rows[i].precision == "f32")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gossamer.pipeline.measure import Measured
-from gossamer.runtimes import OpTime, get, int8_share
+from gossamer.runtimes import OpTime, as_recorded, get, int8_share
 
 __all__ = ["PROFILE", "by_operator", "profiles", "profiled_rows"]
 
@@ -61,7 +61,9 @@ def profiles(rows: Sequence[Measured], batch: int, threads: int, size: tuple[int
     x = np.random.default_rng(0).standard_normal((batch, *size), dtype=np.float32)
     found = []
     for row in profiled_rows(rows):
-        session = get(row.runtime).load(row.files[batch], precision=row.precision, threads=threads, profile=True)
+        session = as_recorded(
+            get(row.runtime).load(row.files[batch], precision=row.precision, threads=threads, profile=True)
+        )
         for _ in range(RUNS):
             session.run(x)
         ops = session.profile()

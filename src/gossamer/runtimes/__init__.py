@@ -6,6 +6,7 @@ from gossamer.core.errors import RecipeError, nearest
 from gossamer.runtimes.device import best_dense_precisions, device_key, device_report
 from gossamer.runtimes.onnxruntime import ONNXRuntime
 from gossamer.runtimes.openvino import OpenVINO
+from gossamer.runtimes.routed import as_recorded
 from gossamer.runtimes.session import OpTime, Runtime, Session, int8_share
 from gossamer.runtimes.torch_runtime import Torch
 
@@ -14,6 +15,7 @@ __all__ = [
     "Runtime",
     "Session",
     "all_runtimes",
+    "as_recorded",
     "best_dense_precisions",
     "device_key",
     "device_report",

@@ -105,11 +105,9 @@ class ONNXRuntime(Runtime):
     package = "onnxruntime"
     suffixes = (".onnx",)
 
-    def load(
-        self, source: Any, *, precision: str | None = None, threads: int = 2, profile: bool = False
+    def _load(
+        self, source: Any, precision: str | None, threads: int, profile: bool, batch: int | None = None
     ) -> ONNXRuntimeSession:
-        """See ``Runtime.load``."""
-        self.check(precision, threads)
         path: Path = self.find(source)
         ort = importlib.import_module("onnxruntime")
         ort.disable_telemetry_events()

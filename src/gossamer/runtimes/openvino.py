@@ -126,12 +126,11 @@ class OpenVINO(Runtime):
     name = "openvino"
     package = "openvino"
     suffixes = (".xml", ".onnx")
+    prefers_fixed = True
 
-    def load(
-        self, source: Any, *, precision: str | None = None, threads: int = 2, profile: bool = False
+    def _load(
+        self, source: Any, precision: str | None, threads: int, profile: bool, batch: int | None = None
     ) -> OpenVINOSession:
-        """See ``Runtime.load``; ``precision=None`` is bf16 where that is native."""
-        self.check(precision, threads)
         path: Path = self.find(source)
         options: dict[str, Any] = {
             "INFERENCE_NUM_THREADS": threads,
@@ -141,6 +140,10 @@ class OpenVINO(Runtime):
         }
         try:
             model = core().read_model(str(path))
+            if batch is not None:
+                shape = model.input(0).partial_shape
+                shape[0] = batch
+                model.reshape(shape)
             compiled = core().compile_model(model, "CPU", options)
         except Exception as err:
             raise ModelError(f"openvino cannot load {path}: {first_line(err)}") from err

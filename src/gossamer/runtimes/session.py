@@ -140,11 +140,13 @@ class Runtime(ABC):
         name: Name in recipes and on the command line.
         package: Importable package it needs.
         suffixes: Kinds of file it reads; empty if it takes modules.
+        prefers_fixed: Whether a graph compiled for a number of images runs faster than one for any number.
     """
 
     name: str
     package: str
     suffixes: tuple[str, ...] = ()
+    prefers_fixed = False
 
     def available(self) -> bool:
         """Return whether its package is installed."""
@@ -163,13 +165,12 @@ class Runtime(ABC):
         """Return the dense precisions this machine runs natively."""
         return best_dense_precisions(self.name)
 
-    @abstractmethod
     def load(self, source: Any, *, precision: str | None = None, threads: int = 2, profile: bool = False) -> Session:
         """Load a model.
 
         Args:
-            source: Graph file, or folder that holds ``model.<suffix>``; for torch a module.
-            precision: One of ``precisions()``; ``None`` takes the runtime's own choice.
+            source: Graph file, or folder that holds ``model.<suffix>`` or a routed model; for torch a module.
+            precision: One of ``precisions()``; ``None``: bf16 in OpenVINO where that is native, else f32.
             threads: Threads to run on, at least 1.
             profile: Record operator times (slower; do not time such a session).
 
@@ -177,6 +178,23 @@ class Runtime(ABC):
             RecipeError: Package missing, or precision or threads not allowed.
             ModelError: The model cannot be read.
         """
+        from gossamer.runtimes.routed import RoutedSession, is_routing, read_routing  # which builds on this module
+
+        self.check(precision, threads)
+        if not is_routing(source):
+            return self._load(source, precision, threads, profile)
+        routing, folder = read_routing(source)
+
+        def load(graph: str, batch: int | None) -> Session:
+            return self._load(folder / graph, precision, threads, profile, batch)
+
+        return RoutedSession(routing, folder.name, load, fixed=self.prefers_fixed)
+
+    @abstractmethod
+    def _load(
+        self, source: Any, precision: str | None, threads: int, profile: bool, batch: int | None = None
+    ) -> Session:
+        """Load a model; one that ``prefers_fixed`` gets to know the ``batch`` that a graph for any number will see."""
 
     def check(self, precision: str | None, threads: int) -> None:
         """Refuse options this machine cannot run, and a missing package."""

@@ -99,11 +99,9 @@ class Torch(Runtime):
     name = "torch"
     package = "torch"
 
-    def load(
-        self, source: Any, *, precision: str | None = None, threads: int = 2, profile: bool = False
+    def _load(
+        self, source: Any, precision: str | None, threads: int, profile: bool, batch: int | None = None
     ) -> TorchSession:
-        """See ``Runtime.load``; ``precision=None`` is f32."""
-        self.check(precision, threads)
         if not isinstance(source, nn.Module):
             raise ModelError(f"torch: got a {type(source).__name__}; it loads modules. Build or load the model first")
         return TorchSession(source, precision or "f32", threads, OpClock() if profile else None)
