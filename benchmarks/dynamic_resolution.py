@@ -1,0 +1,214 @@
+"""DRNet against fixed resolutions on CIFAR-10 images: accuracy in the runtimes and milliseconds an image at batch 16.
+
+``python benchmarks/dynamic_resolution.py train OUT SIZE [SEEDS]`` trains every net once a seed (on the GPU if there is
+one); what is done is not done again, an interrupted training goes on. ``... measure OUT SIZE [SEEDS]`` exports them,
+evaluates them in OpenVINO and ONNX Runtime on the CPU and times them side by side on real test images, 16 a call;
+results in ``OUT/SIZE.json``. SIZE: ``toy`` (a minute, says nothing), ``small`` (20 minutes of one core), ``gpu``.
+
+All nets see the same number of steps of the same batches; DRNet spends 0.7 of 1.7 of them on all sizes at once. Fixed
+nets are exported for exactly 16 images, which suits them best.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gossamer.cost.latency import bench
+from gossamer.cost.ledger import cost
+from gossamer.data.loading import batches
+from gossamer.data.sources import open_data
+from gossamer.data.transforms import eval_transform
+from gossamer.engine.loop import Loop
+from gossamer.engine.options import RunOptions
+from gossamer.export.exporting import export_once
+from gossamer.models.build import load_model
+from gossamer.models.preprocessing import preprocessing
+from gossamer.models.source import inherit
+from gossamer.models.store import load, save
+from gossamer.ops.routing import Resized, Routed
+from gossamer.pipeline.setup import set_up
+from gossamer.recipe import Recipe
+from gossamer.runtimes import get
+from gossamer.runtimes.device import device_key
+from gossamer.runtimes.routed import RoutedSession
+
+DATA = "npz:../shared/data/"
+TEST = f"{DATA}cifar10_test_8000.npz"
+AUGMENT = {"scale": [0.6, 1.0], "ratio": [0.9, 1.1], "color_jitter": None}
+CALL, CALLS = 16, 8
+"""Images a call, and different calls that a timed run goes through."""
+SIZES: dict[str, dict[str, Any]] = {
+    "toy": {"net": "preact_resnet8", "images": 1000, "steps": 34, "batch": 32, "test": 400, "workers": 0},
+    "small": {"net": "preact_resnet8", "images": 20000, "steps": 2500, "batch": 64, "test": 8000, "workers": 0},
+    "gpu": {"net": "preact_resnet20", "images": 50000, "steps": 11700, "batch": 128, "test": 8000, "workers": 12},
+}
+NETS: dict[str, dict[str, Any]] = {
+    "fixed 32": {"side": 32},
+    "drnet": {"macs": "60%"},
+    "fixed 24": {"side": 24},
+    "drnet, shared norms": {"macs": "60%", "resolution_norm": False},
+    "drnet, no budget": {},
+}
+CHEAP = ("fixed 32", "drnet", "fixed 24")
+"""What the sizes for one core train."""
+
+
+def nets(size: str) -> list[str]:
+    """Return the nets of a size."""
+    return list(NETS if size == "gpu" else CHEAP)
+
+
+def recipe(size: str, name: str, seed: int) -> Recipe:
+    """Return the recipe of one net."""
+    given, options = SIZES[size], dict(NETS[name])
+    steps = given["steps"]
+    methods = [] if "side" in options else [{"drnet": {"predictor": "small", "count_batches": 20, **options}}]
+    return Recipe(
+        model={"name": given["net"], "num_classes": 10},
+        data={
+            "train": f"{DATA}cifar10_train_50000_q95.npz[0:{given['images']}]", "augment": AUGMENT,
+            "workers": given["workers"],
+        },
+        methods=methods,
+        train={
+            "steps": round(steps / 1.7) if methods else steps, "batch_size": given["batch"], "optimizer": "sgd",
+            "lr": 0.1, "weight_decay": 5e-4, "warmup": 0.05, "checkpoint_every": 100,
+        },
+        seed=seed,
+    )  # fmt: skip
+
+
+def place(out: Path, size: str, name: str, seed: int) -> Path:
+    """Return the run folder of one net."""
+    return out / f"{size}-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+
+def at_side(net: nn.Module, name: str) -> nn.Module:
+    """Return a fixed net at its resolution."""
+    side = NETS[name].get("side", 32)
+    return net if side == 32 else inherit(Resized(net, (side, side)), net)
+
+
+def train(out: Path, size: str, seed: int) -> None:
+    """Train what is not trained yet."""
+    for name in nets(size):
+        folder, run = place(out, size, name, seed), recipe(size, name, seed)
+        if (folder / "model" / "model.json").is_file():
+            continue
+        torch.manual_seed(seed)
+        net = load_model(run.model.name, num_classes=10)
+        ready = set_up(run, model=at_side(net, name))
+        options = RunOptions(resume=True, identity=run.identity(), quiet=True)
+        loop = Loop(
+            ready.stack, ready.task, ready.loaders, ready.plan,
+            settings=run.train, run_dir=folder, seed=seed, options=options,
+        )  # fmt: skip
+        model = loop.run(ready.model).cpu()
+        inner = model.module if isinstance(model, Resized) else model
+        save(inner, folder / "model", stack=ready.stack if run.methods else None)
+        (folder / "described.json").write_text(json.dumps(ready.stack.describe(model)))
+        print(f"{folder.name}: trained", flush=True)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits of many images."""
+    return torch.cat([model(part) for part in images.split(200)])
+
+
+def routing(model: Routed, images: Tensor, targets: Tensor) -> dict[str, Any]:
+    """Return how well the router chooses: against every size alone, random choice, and the smallest correct size."""
+    right = torch.stack([logits(b, images).argmax(1) == targets for b in model.branches], 1)
+    chosen = logits(model.router, images).argmax(1)
+    shares = torch.bincount(chosen, minlength=len(model.branches)) / len(chosen)
+    by_class = [torch.bincount(chosen[targets == c], minlength=len(model.branches)).tolist() for c in range(10)]
+    alone = 100 * right.float().mean(0)
+    return {
+        "shares": shares.tolist(),
+        "learned": 100 * right.gather(1, chosen[:, None]).float().mean().item(),
+        "random at the same shares": float((shares * alone).sum()),
+        "every size alone": dict(zip(model.names, alone.tolist(), strict=True)),
+        "some size right": 100 * right.any(1).float().mean().item(),
+        "images by class and size": by_class,
+    }
+
+
+def measure(out: Path, size: str, seeds: list[int]) -> dict[str, Any]:
+    """Export, evaluate and time all nets; returns the table."""
+    torch.set_num_threads(1)
+    test = open_data(f"{TEST}[0:{SIZES[size]['test']}]")
+    table: dict[str, Any] = {"machine": device_key(), "threads": 1, "seeds": {}}
+    for seed in seeds:
+        models = {n: at_side(load(place(out, size, n, seed) / "model"), n) for n in nets(size)}
+        pre = preprocessing(next(iter(models.values())))
+        loaded = list(batches(test, eval_transform(pre), 200))
+        images, targets = torch.cat([b["image"] for b in loaded]), torch.cat([b["target"] for b in loaded])
+        rows: dict[str, Any] = {n: {"macs": cost(m, saved=False).macs} for n, m in models.items()}
+        for name, model in models.items():
+            if isinstance(model, Routed):
+                rows[name]["routing"] = routing(model, images, targets)
+        for runtime, kind in (("openvino", "openvino"), ("onnxruntime", "onnx")):
+            sessions = {}
+            for name, model in models.items():
+                folder = place(out, size, name, seed) / f"export-{kind}-{CALL}"
+                graph = export_once(model, folder, format=kind, batch=CALL).graph
+                sessions[name] = get(runtime).load(graph, precision="f32", threads=1)
+            in_runtime(sessions, images, targets, rows, runtime)
+        table["seeds"][seed] = rows
+        (out / f"{size}.json").write_text(json.dumps(table, indent=1))
+    return table
+
+
+def in_runtime(sessions: dict[str, Any], images: Tensor, targets: Tensor, rows: dict[str, Any], runtime: str) -> None:
+    """Fill in accuracy, and milliseconds an image from one interleaved run over real images."""
+    whole = len(images) - len(images) % CALL
+    calls = [part.numpy() for part in images[:whole].split(CALL)]
+    for name, session in sessions.items():
+        answers = torch.from_numpy(np.concatenate([session.run(x) for x in calls])).argmax(1)
+        rows[name][runtime] = {"top1": 100 * (answers == targets[:whole]).float().mean().item()}
+        if isinstance(session, RoutedSession):
+            rows[name][runtime]["taken"] = dict(zip(session.names, session.taken, strict=True))
+
+    def through(session: Any) -> Any:
+        return lambda xs: [session.run(x) for x in xs]
+
+    chosen = calls[:: max(1, len(calls) // CALLS)][:CALLS]
+    timings = bench([through(s) for s in sessions.values()], [chosen] * len(sessions), rounds=9, names=list(sessions))
+    for timing in timings:
+        rows[timing.name][runtime] |= {
+            "ms_per_image": timing.median_ms / (CALL * len(chosen)), "fixed_32_over_this": timing.ratio,
+            "quartiles": timing.ratio_quartiles, "trusted": timing.trusted, "reason": timing.reason,
+        }  # fmt: skip
+
+
+def show(table: dict[str, Any]) -> None:
+    """Print one line a net, runtime and seed."""
+    for seed, rows in table["seeds"].items():
+        for name, row in rows.items():
+            for runtime in ("openvino", "onnxruntime"):
+                r = row[runtime]
+                print(
+                    f"seed {seed}  {name:20} {row['macs'] / 1e6:7.2f} M  {runtime:12} top-1 {r['top1']:.2f}  "
+                    f"{1000 * r['ms_per_image']:8.1f} us/image  {100 / r['fixed_32_over_this'] - 100:+.1f} %"
+                    f"{'' if r['trusted'] else '  NOT TRUSTED: ' + r['reason']}"
+                )
+            if "routing" in row:
+                print("   ", {k: v for k, v in row["routing"].items() if "class" not in k})
+
+
+if __name__ == "__main__":
+    what, where, how, *rest = sys.argv[1:]
+    numbers = [int(n) for n in rest] or [0]
+    Path(where).mkdir(parents=True, exist_ok=True)
+    if what == "train":
+        for number in numbers:
+            train(Path(where), how, number)
+    else:
+        show(measure(Path(where), how, numbers))
