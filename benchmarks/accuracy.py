@@ -29,7 +29,7 @@ from gossamer.engine.loop import Loop
 from gossamer.export.exporting import export
 from gossamer.models.build import load_model
 from gossamer.models.preprocessing import preprocessing
-from gossamer.pipeline.measure import Prepared, runtime_accuracy
+from gossamer.pipeline.measure import Prepared, runtime_score
 from gossamer.recipe import TrainSettings
 from gossamer.runtimes import get
 from gossamer.runtimes.openvino import core, import_openvino
@@ -75,7 +75,7 @@ def nncf_int8(xml: Path, folder: Path, model: nn.Module) -> Path | None:
 def evaluate(graph: Path, images: Prepared) -> Evaluation:
     """Evaluate a static graph in OpenVINO at f32."""
     session = get("openvino").load(graph, precision="f32")
-    return runtime_accuracy(session, images, Classification(), BATCH)
+    return runtime_score(session, images, Classification(), BATCH)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     images = open_data("embedded:eval")
     if args.images:
         images = take(images, range(args.images))
-    loaded = Prepared(images, preprocessing(dense), BATCH)
+    loaded = Prepared(images, preprocessing(dense), BATCH, Classification())
     variants: dict[str, list[tuple[str, dict[str, Any]]]] = {
         "dense": [],
         "ToMe 60%": [("tome", {"macs": "60%"})],

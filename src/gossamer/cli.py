@@ -193,14 +193,17 @@ def _facts(value: Mapping[str, Any], prefix: str = "") -> None:
 
 def _timings(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return result rows with one column per latency figure."""
+    from gossamer.report.scoring import as_score, interval_of, metric_of, score_of
+
     flat = []
     for row in table:
         new = dict(row)
         for batch, timed in (row.get("latency") or {}).items():
             names = ("median_ms", "ratio_torch", "ratio_fp32", "ratio_best_dense")
             new |= {f"{batch}_{k}": timed.get(k) for k in names}
-        low, high = row.get("top1_interval") or (None, None)
-        new["interval"] = f"{100 * low:.1f}-{100 * high:.1f}" if low is not None and high is not None else ""
+        score, metric = score_of(row), metric_of([row])
+        new["score"] = "" if score is None else as_score(score, metric)
+        new["interval"] = "-".join(as_score(v, metric, unit=False) for v in interval_of(row) or ())
         flat.append(new)
     return flat
 
@@ -212,9 +215,12 @@ def _result(result: Any, as_json: bool) -> None:
     if as_json:
         _json({"run_dir": str(result.run_dir), "report": str(result.report), "table": result.table})
         return
+    from gossamer.report.scoring import metric_of
+
     batches = sorted({b for r in result.table for b in (r.get("latency") or {})}, key=float)
     columns = {"stage": "Stage", "runtime": "Runtime", "precision": "Precision", "macs": "MACs", "params": "Params",
-               "file_bytes": "File", "top1": "Top-1", "interval": "95 %", "agreement": "Agreement"}  # fmt: skip
+               "file_bytes": "File", "score": metric_of(result.table)["name"], "interval": "95 %",
+               "agreement": "Agreement"}  # fmt: skip
     for b in batches:
         columns |= {f"{b}_median_ms": f"b{b} latency", f"{b}_ratio_torch": "/ torch", f"{b}_ratio_fp32": "/ fp32",
                     f"{b}_ratio_best_dense": "/ best"}  # fmt: skip

@@ -215,13 +215,17 @@ class ExportSettings(_Part):
 
 
 class Recipe(_Part):
-    """A whole run. ``methods`` is a list of ``{name: options}`` in the order of the stack's ties."""
+    """A whole run.
+
+    ``methods`` is a list of ``{name: options}`` in the order of the stack's ties. ``task`` is a name or
+    ``{name: options}``; without it the model says what it is for.
+    """
 
     format: int = FORMAT
     name: str = "run"
     model: ModelSettings
     data: DataSettings = DataSettings()
-    task: str = "classification"
+    task: dict[str, dict[str, Any]] | None = None
     methods: list[dict[str, dict[str, Any]]] = []
     train: TrainSettings = TrainSettings()
     target: TargetSettings | None = None
@@ -245,6 +249,14 @@ class Recipe(_Part):
     @classmethod
     def _short_model(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _named_task(cls, value: Any) -> Any:
+        entry = {value: {}} if isinstance(value, str) else value
+        if entry is None or (isinstance(entry, Mapping) and len(entry) == 1):
+            return entry if entry is None else {str(k): dict(v or {}) for k, v in entry.items()}
+        raise ValueError("expected one task name with its options, such as super_resolution: {scale: 2}")
 
     @field_validator("methods", mode="before")
     @classmethod

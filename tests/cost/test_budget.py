@@ -65,9 +65,9 @@ def test_dense_value_must_be_positive() -> None:
 def test_target() -> None:
     target = Target.parse({"macs": "60%", "latency": "12ms", "max_drop": 0.5})
     assert set(target.budgets) == {"macs", "latency"} < set(METRICS)
-    dense = {"macs": 100.0, "latency": 20.0, "top1": 80.0}
-    assert target.missed(dense, {"macs": 60.2, "latency": 12.0, "top1": 79.5}) == []
-    missed = target.missed(dense, {"macs": 61.0, "latency": 13.0, "top1": 79.0})
+    dense = {"macs": 100.0, "latency": 20.0}
+    assert target.missed(dense, {"macs": 60.2, "latency": 12.0, "drop": 0.5}) == []
+    missed = target.missed(dense, {"macs": 61.0, "latency": 13.0, "drop": 1.0})
     assert [m.split(":")[0] for m in missed] == ["macs", "latency", "max_drop"]
     assert Target.parse({}).missed(dense, dense) == []
     with pytest.raises(RecipeError, match="did you mean 'max_drop'"):

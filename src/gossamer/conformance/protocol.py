@@ -26,7 +26,6 @@ from gossamer.core.schedule import Batch, Phase, Plan, Step, Turn
 from gossamer.core.stack import LASTING, Stack
 from gossamer.kits.example import MethodExample
 from gossamer.kits.teacher import BLOCK_LIST, FeatureTap, bind_self, block_paths
-from gossamer.tasks.classification import Classification
 
 __all__ = [
     "check_declarations",
@@ -84,8 +83,8 @@ def check_fields(example: MethodExample) -> None:
     require(not changed, f"{type(method).__name__}: a run changed the options {changed}")
 
 
-def _gradients(model: nn.Module, stack: Stack, batch: Batch) -> dict[str, Tensor]:
-    grads = stack.grads(Classification().loss)
+def _gradients(model: nn.Module, stack: Stack, example: MethodExample) -> dict[str, Tensor]:
+    grads, batch = stack.grads(example.task.loss), example_batch(example)
     step = Step("fit", "main", 0, 1)
     grads(model.train(), batch, step, stack.groups(model)["weights"])
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -103,7 +102,7 @@ def check_neutral(example: MethodExample) -> None:
     bind_self(stack, model)
     model = stack.prepare(model)
     _near(outputs(model, batch), expected, "outputs of the prepared model")
-    ours, theirs = _gradients(model, stack, batch), _gradients(plain, Stack(), batch)
+    ours, theirs = _gradients(model, stack, example), _gradients(plain, Stack(), example)
     require(ours.keys() >= theirs.keys(), f"neutral: no gradients for {sorted(theirs.keys() - ours.keys())[:3]}")
     for name, value in theirs.items():
         _near(ours[name], value, f"gradient of {name}")

@@ -22,7 +22,6 @@ from gossamer.engine.optim import rate_factor
 from gossamer.kits.example import MethodExample
 from gossamer.kits.teacher import bind_self
 from gossamer.recipe import TrainSettings
-from gossamer.tasks.classification import Classification
 
 __all__ = [
     "NotConformant",
@@ -124,7 +123,7 @@ def _loop(
 ) -> Loop:
     options = replace(options, dense_hook=lambda dense: bind_self(stack, dense))
     phases = example.plan if plan is None else plan
-    return Loop(stack, Classification(), example.loaders, phases, settings=SETTINGS, run_dir=folder, options=options)
+    return Loop(stack, example.task, example.loaders, phases, settings=SETTINGS, run_dir=folder, options=options)
 
 
 class _Cut(Exception):
@@ -165,7 +164,7 @@ def hand_run(example: MethodExample) -> Outcome:
     optimisers: dict[str, torch.optim.Optimizer] = {}
     for phase in stack.phases(Plan(example.plan)):
         model = stack.enter(model, phase)
-        _hand_phase(stack, model, phase, loaders, optimisers)
+        _hand_phase(stack, model, phase, loaders, optimisers, example)
         model = stack.leave(model, phase)
     return Outcome(stack.finish(model).eval(), stack, [])
 
@@ -176,6 +175,7 @@ def _hand_phase(
     phase: Phase,
     loaders: dict[str, Loader],
     optimisers: dict[str, torch.optim.Optimizer],
+    example: MethodExample,
 ) -> None:
     groups = stack.groups(model)
     for name in {g for t in phase.turns for g in t.trains} if phase.work is None else set():
@@ -198,7 +198,7 @@ def _hand_phase(
             was = [p.requires_grad for p in everything]
             for p in everything:
                 p.requires_grad_(any(p is q for q in params))
-            grads = stack.grads(Classification().loss, turn)
+            grads = stack.grads(example.task.loss, turn)
             grads(model.train(), loaders[turn.loader](phase.drawn(step)), step, params)
             stack.before_step(model, step)
             for g in turn.trains:

@@ -15,7 +15,8 @@ from gossamer.core.errors import PlanError
 __all__ = ["Batch", "Loader", "Objective", "Phase", "Plan", "Step", "Terms", "Turn", "Window"]
 
 Batch = dict[str, Any]
-"""What a loader yields: ``image`` [B, C, H, W], ``target`` [B] or [B, K], ``id`` (list of names)."""
+"""What a loader yields: ``image`` [B, C, H, W], ``target`` (class indices [B], probabilities [B, K], or pictures
+[B, C, H', W']: what the task makes of them), ``id`` (list of names)."""
 Terms = dict[str, Tensor]
 """Weighted scalar loss terms by name; the loop minimises their sum."""
 Loader = Callable[["Step"], Batch]

@@ -112,7 +112,7 @@ class Target:
 
     Attributes:
         budgets: Bounds by metric.
-        max_drop: Largest loss of accuracy in points, ``None`` for no bound.
+        max_drop: Largest loss of the task's metric in its unit (accuracy: points), ``None`` for no bound.
     """
 
     budgets: dict[str, Budget] = field(default_factory=dict)
@@ -140,8 +140,8 @@ class Target:
         """Return one sentence for every bound that is missed.
 
         Args:
-            dense: The dense model's metrics, with ``"top1"`` in percent for ``max_drop``.
-            finished: The finished model's.
+            dense: The dense model's metrics.
+            finished: The finished model's, with ``"drop"`` for ``max_drop``: by how much the task's metric got worse.
             slack: Share by which a bound may be passed.
         """
         sentences = []
@@ -149,7 +149,6 @@ class Target:
             bound = budget.resolve(dense[metric])
             if finished[metric] > bound * (1 + slack):
                 sentences.append(f"{metric}: {finished[metric]:.4g}, the target {budget.text} is {bound:.4g}")
-        if self.max_drop is not None and dense["top1"] - finished["top1"] > self.max_drop:
-            drop = dense["top1"] - finished["top1"]
-            sentences.append(f"max_drop: accuracy fell by {drop:.2f} points, {self.max_drop:g} are allowed")
+        if self.max_drop is not None and finished["drop"] > self.max_drop:
+            sentences.append(f"max_drop: the metric got worse by {finished['drop']:.2f}, {self.max_drop:g} are allowed")
         return sentences

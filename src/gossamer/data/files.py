@@ -78,9 +78,14 @@ def _is_picture(name: str) -> bool:
 
 
 def _describe(
-    files: Sequence[str], text_of: Callable[[str], str | None], prefix: str, what: str
+    files: Sequence[str], text_of: Callable[[str], str | None], prefix: str, what: str, labelled: bool
 ) -> tuple[list[str], list[int], list[str] | None]:
     """Find pictures and labels below ``prefix`` (``""`` or ending in ``/``); file names are returned whole."""
+    if not labelled:
+        found = sorted(f for f in files if f.startswith(prefix) and _is_picture(f[len(prefix) :]))
+        if not found:
+            raise DataError(f"{what}: no images found (looked for {', '.join(SUFFIXES)})")
+        return found, [0] * len(found), None
     table = text_of(f"{prefix}{LABELS}")
     if table is not None:
         classes = _class_names(text_of(f"{prefix}{CLASSES}"))
@@ -108,8 +113,8 @@ class _FolderReader:
         return decode(self.root / self.files[index])
 
 
-def open_folder(path: Path, part: str, what: str) -> ImageSource:
-    """Return the pictures of a folder, of its sub-folder ``part`` where given.
+def open_folder(path: Path, part: str, what: str, *, labelled: bool = True) -> ImageSource:
+    """Return the pictures of a folder, of its sub-folder ``part`` where given; all below it if not ``labelled``.
 
     Raises:
         DataError: No folder, no pictures, no labels.
@@ -127,7 +132,7 @@ def open_folder(path: Path, part: str, what: str) -> ImageSource:
         file = root / name
         return file.read_text(encoding="utf-8-sig") if file.is_file() else None
 
-    files, labels, classes = _describe(found, text_of, _prefix(part), what)
+    files, labels, classes = _describe(found, text_of, _prefix(part), what, labelled)
     return ImageSource(files, labels, _FolderReader(root, files), classes, what)
 
 
@@ -155,8 +160,8 @@ class ZipReader:
         return decode(data)
 
 
-def open_zip(path: Path, part: str, what: str) -> ImageSource:
-    """Return the pictures of a zip archive, of its folder ``part`` where given.
+def open_zip(path: Path, part: str, what: str, *, labelled: bool = True) -> ImageSource:
+    """Return the pictures of a zip archive, of its folder ``part`` where given; all below it if not ``labelled``.
 
     Raises:
         DataError: No such file, not a zip archive, no pictures, no labels.
@@ -173,6 +178,6 @@ def open_zip(path: Path, part: str, what: str) -> ImageSource:
     def text_of(name: str) -> str | None:
         return archive.read(name).decode("utf-8-sig") if name in found else None
 
-    files, labels, classes = _describe(found, text_of, _prefix(part), what)
+    files, labels, classes = _describe(found, text_of, _prefix(part), what, labelled)
     reader.files = files
     return ImageSource(files, labels, reader, classes, what)

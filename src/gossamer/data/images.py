@@ -10,11 +10,23 @@ from io import BytesIO
 from pathlib import Path
 from zipfile import BadZipFile
 
+import numpy as np
 from PIL import Image
 
 from gossamer.core.errors import DataError
 
-__all__ = ["MAX_FAILED_SHARE", "SUFFIXES", "BrokenImage", "Failure", "ImageSource", "Sample", "Subset", "decode"]
+__all__ = [
+    "MAX_FAILED_SHARE",
+    "SUFFIXES",
+    "BrokenImage",
+    "Failure",
+    "ImageSource",
+    "Sample",
+    "Subset",
+    "UnfitPicture",
+    "decode",
+    "to_rgb",
+]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 """File names that count as pictures (any case)."""
@@ -22,6 +34,8 @@ MAX_FAILED_SHARE = 0.05
 """Share of broken pictures above which a source is refused."""
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error, BadZipFile)
 """What PIL and the containers raise on damaged bytes."""
+WORD = 65535
+"""Largest value of a 16-bit channel."""
 Failure = tuple[str, str]
 """(name, reason) of a broken picture."""
 
@@ -37,6 +51,10 @@ class BrokenImage(DataError):
         return f"image {self.name!r} cannot be read ({self.reason})"
 
 
+class UnfitPicture(DataError):
+    """A picture that can be read but cannot serve, with the reason; raised by transforms, treated as a broken one."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One labelled picture: ``image`` (RGB), class index ``label`` and a ``name`` for reports."""
@@ -46,10 +64,31 @@ class Sample:
     name: str
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture of any mode as RGB of 8 bits.
+
+    Grey is copied to three channels, 16-bit grey is divided by 257 and rounded (PIL's own conversion clips it),
+    16-bit colour keeps its high bytes (PIL reads no more), a palette is looked up, alpha is dropped, CMYK goes
+    through PIL's formula without a colour profile.
+
+    Raises:
+        ValueError: Floating-point pixels, whose range is unknown.
+    """
+    if image.mode == "F":
+        raise ValueError("floating-point pixels; expected 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        top = int(values.max(initial=0))
+        if top > WORD or int(values.min(initial=0)) < 0:
+            raise ValueError(f"integer pixels up to {top}; expected 8 or 16 bits")
+        image = Image.fromarray(((values + (WORD // 255) // 2) // (WORD // 255)).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def decode(data: bytes | Path) -> Image.Image:
-    """Return a fully decoded RGB picture of encoded bytes or a file; raises one of ``BROKEN``."""
+    """Return a fully decoded RGB picture of encoded bytes or a file (``to_rgb``); raises one of ``BROKEN``."""
     with Image.open(data if isinstance(data, Path) else BytesIO(data)) as image:
-        return image.convert("RGB")
+        return to_rgb(image)
 
 
 class ImageSource:

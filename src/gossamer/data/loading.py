@@ -23,13 +23,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from gossamer.core.errors import DataError, RecipeError, nearest
 from gossamer.core.schedule import Batch, Step
-from gossamer.data.images import MAX_FAILED_SHARE, BrokenImage, Failure, ImageSource
+from gossamer.data.images import MAX_FAILED_SHARE, BrokenImage, Failure, ImageSource, UnfitPicture
 from gossamer.data.transforms import PictureTransform, Rendering, Transform
 
 __all__ = ["Mixing", "StepLoader", "batches", "positions"]
 
-Item = tuple[Tensor | None, int, str, list[Failure]]
-"""Input (``None`` if none could be read), label, name, broken pictures met on the way."""
+Item = tuple[Tensor | dict[str, Tensor] | None, int, str, list[Failure]]
+"""Input, or tensors by name (``None`` if none could be read), label, name, broken pictures met on the way."""
 Request = tuple[int, int, Rendering | None]
 """Seed of a picture's augmentation, its index in the source, how it is made."""
 
@@ -134,17 +134,21 @@ class _Samples(Dataset):
                 failures.append((err.name, err.reason))
                 continue
             _seed(key)
-            return transform(sample.image), sample.label, sample.name, failures
+            try:
+                return transform(sample.image), sample.label, sample.name, failures
+            except UnfitPicture as err:
+                failures.append((sample.name, str(err)))
         return None, 0, "", failures  # more in a row than may fail in all: recording them raises
 
 
 def _collate(items: Sequence[Item]) -> tuple[Batch, list[Failure]]:
     failures = [f for item in items for f in item[3]]
-    images = [item[0] for item in items if item[0] is not None]
-    if len(images) < len(items):
+    views = [item[0] for item in items if item[0] is not None]
+    if len(views) < len(items):
         return {}, failures
-    batch = {"image": torch.stack(images), "target": torch.tensor([i[1] for i in items]), "id": [i[2] for i in items]}
-    return batch, failures
+    rows = [v if isinstance(v, dict) else {"image": v} for v in views]
+    tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return {"target": torch.tensor([i[1] for i in items]), **tensors, "id": [i[2] for i in items]}, failures
 
 
 @dataclass
@@ -261,7 +265,7 @@ class StepLoader:
         return next(self._ahead.batches)
 
     def __call__(self, step: Step) -> Batch:
-        """Return the batch of ``step``: image [B, C, H, W], target [B] or [B, K], id.
+        """Return the batch of ``step``: image [B, C, H, W], target [B] or [B, K], id; what else the transform gives.
 
         Raises:
             DataError: Too many broken pictures.

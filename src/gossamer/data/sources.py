@@ -54,7 +54,7 @@ def _parted(text: str) -> tuple[str, str]:
     return path, part
 
 
-def open_data(spec: str) -> ImageSource:
+def open_data(spec: str, *, labelled: bool = True) -> ImageSource:
     """Return the images that ``spec`` names.
 
     Args:
@@ -63,6 +63,7 @@ def open_data(spec: str) -> ImageSource:
             ``hf:NAME-or-PATH``, ``embedded`` or ``embedded:search``, ``:calibration``, ``:eval``.
             ``#part`` after a path chooses a sub-folder (folder, zip) or a split (hf);
             ``[from:to]`` or ``[from:to:every]`` at the end chooses a range of images.
+        labelled: Whether the images need labels; else a folder or archive is any pictures, at any depth.
 
     Raises:
         DataError: Unknown kind, nothing there, unreadable, no images or no labels.
@@ -76,9 +77,9 @@ def open_data(spec: str) -> ImageSource:
     rest, chosen = _sliced(rest)
     path, part = _parted(rest)
     if kind == "folder":
-        source = open_folder(Path(path).expanduser(), part, spec)
+        source = open_folder(Path(path).expanduser(), part, spec, labelled=labelled)
     elif kind == "zip":
-        source = open_zip(Path(path).expanduser(), part, spec)
+        source = open_zip(Path(path).expanduser(), part, spec, labelled=labelled)
     elif kind == "hf":
         source = open_hf(path, part, spec)
     elif part and kind != "embedded":

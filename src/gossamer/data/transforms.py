@@ -17,8 +17,8 @@ from gossamer.models.preprocessing import Preprocessing
 
 __all__ = ["AUGMENT_OPTIONS", "PictureTransform", "Rendering", "Transform", "eval_transform", "train_transform"]
 
-Transform = Callable[[Image.Image], Tensor]
-"""RGB picture to float tensor [C, H, W]."""
+Transform = Callable[[Image.Image], Tensor | dict[str, Tensor]]
+"""RGB picture to float tensor [C, H, W], or to several tensors by their names in a batch (``image``, ``target``)."""
 AUGMENT_OPTIONS = (
     "auto_augment",
     "color_jitter",
@@ -46,7 +46,7 @@ class _Grey:
     then: Transform
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return self.then(image.convert("L"))
+        return self.then(image.convert("L"))  # type: ignore[return-value]
 
 
 def _build(pre: Preprocessing, training: bool, options: Mapping[str, Any]) -> Transform:
@@ -103,7 +103,7 @@ class PictureTransform:
         self.at(Rendering())  # bad options show when the transform is made
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return self.at(Rendering())(image)
+        return self.at(Rendering())(image)  # type: ignore[return-value]
 
     def at(self, rendering: Rendering) -> Transform:
         """Return the transform under ``rendering``."""

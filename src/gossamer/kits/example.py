@@ -17,6 +17,8 @@ from torch import nn
 from gossamer.core.method import Method
 from gossamer.core.schedule import Batch, Loader, Phase, Step
 from gossamer.models.build import load_model
+from gossamer.tasks.classification import Classification
+from gossamer.tasks.task import Task
 
 __all__ = ["MethodExample", "noise", "tiny_vit"]
 
@@ -58,6 +60,7 @@ class MethodExample:
         loaders: Loaders by name; each batch a function of the step.
         tolerance: Largest difference between the finished model in torch and exported, relative to the
             largest logit.
+        task: What the model is trained for.
     """
 
     method: Callable[[], Method]
@@ -68,3 +71,4 @@ class MethodExample:
         default_factory=lambda: {"train": noise, "search": noise, "all": noise, "calibration": noise}
     )
     tolerance: float = 1e-4
+    task: Task = field(default_factory=Classification)

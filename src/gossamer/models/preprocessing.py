@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from torch import nn
 
 from gossamer.core.errors import ModelError, nearest
 
-__all__ = ["Preprocessing", "preprocessing"]
+__all__ = ["DEFAULT_TASK", "Preprocessing", "preprocessing"]
+
+DEFAULT_TASK = "classification"
+"""Task of a model that names none."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Preprocessing:
         interpolation: ``"bicubic"``, ``"bilinear"``, ``"nearest"`` or ``"lanczos"``.
         crop_pct: Side of the centre crop over the side of the resized picture, in (0, 1].
         crop_mode: timm's crop mode: ``"center"``, ``"squash"`` or ``"border"``.
+        task: What the model is for, ``{name: options}`` as in a recipe (``tasks.registry``).
     """
 
     size: tuple[int, int, int] = (3, 224, 224)
@@ -32,10 +36,13 @@ class Preprocessing:
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
     crop_mode: str = "center"
+    task: dict[str, dict[str, Any]] = field(default_factory=lambda: {DEFAULT_TASK: {}}, hash=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON."""
+        """Return plain JSON; the usual task is left out, so that older releases can read it."""
         plain = asdict(self)
+        if self.task == {DEFAULT_TASK: {}}:
+            del plain["task"]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
     @classmethod
@@ -85,6 +92,7 @@ def preprocessing(model: nn.Module) -> Preprocessing:
         interpolation=cfg.get("interpolation") or default.interpolation,
         crop_pct=float(cfg.get("crop_pct") or default.crop_pct),
         crop_mode=cfg.get("crop_mode") or default.crop_mode,
+        task=dict(cfg.get("task") or default.task),
     )
 
 

@@ -13,7 +13,7 @@ from gossamer.core.errors import RecipeError
 from gossamer.core.method import Method
 from gossamer.core.registry import build, name_of, options_of
 from gossamer.cost.budget import METRICS
-from gossamer.data.sources import ImageSource, from_dataset, open_data
+from gossamer.data.sources import from_dataset
 from gossamer.pipeline.execute import RunResult, execute
 from gossamer.pipeline.progress import say
 from gossamer.recipe import Recipe
@@ -42,10 +42,6 @@ def _method(entry: Method | str | Mapping[str, Any], teacher: Any, target: Mappi
     return dataclasses.replace(method, **wanted)  # type: ignore[type-var]
 
 
-def _images(data: Any) -> ImageSource:
-    return open_data(data) if isinstance(data, str) else from_dataset(data)
-
-
 def compress(  # noqa: PLR0913 - mirrors the public call
     model: nn.Module | str, data: Any, methods: Sequence[Method | str | Mapping[str, Any]], *,
     target: Mapping[str, Any] | None, teacher: Any, evaluation: Any, train: Mapping[str, Any] | None,
@@ -56,7 +52,8 @@ def compress(  # noqa: PLR0913 - mirrors the public call
     if not methods:
         raise RecipeError("methods: got none; name at least one, e.g. methods=[gossamer.DiffRate()]")
     built = [_method(m, teacher, bounds) for m in methods]
-    sources = {name: _images(given) for name, given in (("train", data), ("eval", evaluation)) if given is not None}
+    given = {"train": data, "eval": evaluation}  # specifications are read by the task, once the model is known
+    sources = {k: from_dataset(v) for k, v in given.items() if v is not None and not isinstance(v, str)}
     spec = model if isinstance(model, str) else getattr(getattr(model, "gossamer_source", None), "name", "module")
     name, _, weights = spec.partition("@")
     recipe = Recipe.from_dict(

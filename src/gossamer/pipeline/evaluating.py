@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from gossamer.data.sources import from_dataset, open_data, take
+from gossamer.data.sources import from_dataset, take
 from gossamer.pipeline.graphs import graph_for, resolve
-from gossamer.pipeline.measure import Prepared, runtime_accuracy
+from gossamer.pipeline.measure import Prepared, runtime_score
 from gossamer.runtimes import get
 from gossamer.runtimes.routed import RoutedSession
-from gossamer.tasks.classification import Classification
+from gossamer.tasks.registry import task_for
 
 __all__ = ["evaluate"]
 
@@ -25,23 +25,20 @@ def evaluate(
     """See ``gossamer.api.evaluate``."""
     engine = get(runtime)
     loaded, pre = resolve(model)
-    images = open_data(data) if isinstance(data, str) else from_dataset(data)
+    task = task_for(pre)
+    images = task.open(data) if isinstance(data, str) else from_dataset(data)
     if limit is not None:
         images = take(images, range(min(limit, len(images))))
-    task = Classification()
     if isinstance(loaded, nn.Module):
-        task.check_classes(images, loaded)
+        task.check(images, loaded)
     with tempfile.TemporaryDirectory() as scratch:
         graph = graph_for(loaded, runtime, batch, Path(scratch))
         session = engine.load(graph, precision=precision, threads=threads)
         fixed = (session.input_shape or (None,))[0] or batch
-        result = runtime_accuracy(session, Prepared(images, pre, fixed), task, fixed)
+        result = runtime_score(session, Prepared(images, pre, fixed, task), task, fixed)
     routed = isinstance(session, RoutedSession)
     return {
-        "images": len(result.targets),
-        "top1": result.top1,
-        "top1_interval": list(result.interval),
-        "top5": result.top5,
+        **result.to_json(),
         "runtime": runtime,
         "precision": precision or "f32",
         **({"branches": dict(zip(session.names, session.taken, strict=True))} if routed else {}),

@@ -176,7 +176,10 @@ def execute(
     write_summary(setup, keeper, table, run_dir)
     result = RunResult(finished, table, run_dir, build_report([run_dir], run_dir / "report.html"))
     checkpoints.mark_finished({"images": 0 if setup.evaluation is None else len(setup.evaluation)})
-    result.missed = check_target(recipe, _figures(table, "dense"), _figures(table, "finished"))
+    dense, done = _figures(table, "dense"), _figures(table, "finished")
+    if "score" in dense:
+        done["drop"] = setup.task.metric.drop(dense["score"], done["score"])
+    result.missed = check_target(recipe, dense, done)
     if result.missed:
         raise RunError(f"{run_dir}: the target is missed ({'; '.join(result.missed)}); model and report are kept")
     return result
@@ -192,6 +195,6 @@ def _figures(table: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
         "macs": row["macs"], "bops": row["bops"], "params": row["params"], "size": row["file_bytes"],
         "memory": row["memory_bytes"], "latency": row["latency"][batch]["median_ms"],
     }  # fmt: skip
-    if row["top1"] is not None:
-        figures["top1"] = 100 * row["top1"]
+    if row["score"] is not None:
+        figures["score"] = row["score"]
     return figures

@@ -15,17 +15,17 @@ from gossamer.core.method import Method
 from gossamer.core.schedule import Phase, Plan
 from gossamer.core.stack import Stack
 from gossamer.data.loading import StepLoader
-from gossamer.data.sources import ImageSource, from_dataset, open_data
-from gossamer.data.transforms import eval_transform
+from gossamer.data.sources import ImageSource, from_dataset
 from gossamer.engine.loop import Loop
 from gossamer.export.exporting import export as export_graph
 from gossamer.models.preprocessing import preprocessing
 from gossamer.models.source import inherit
 from gossamer.ops.routing import Routed, deployed
 from gossamer.pipeline.benching import bench
-from gossamer.pipeline.measure import FORMATS, Prepared, runtime_accuracy
+from gossamer.pipeline.measure import FORMATS, Prepared, runtime_score
 from gossamer.runtimes import get
-from gossamer.tasks.classification import Classification
+from gossamer.tasks.registry import task_for
+from gossamer.tasks.task import Evaluation
 
 __all__ = ["export", "to_int8"]
 
@@ -59,18 +59,18 @@ def to_int8(model: nn.Module, images: ImageSource) -> nn.Module:
 
 
 def _by_method(method: Method, model: nn.Module, images: ImageSource) -> nn.Module:
-    stack = Stack([method])
-    loader = StepLoader(
-        images, eval_transform(preprocessing(model)), min(CALIBRATION_IMAGES, len(images)), seed=0, shuffle=True
-    )
+    stack, pre = Stack([method]), preprocessing(model)
+    task = task_for(pre)
+    loader = StepLoader(images, task.still_view(pre), min(CALIBRATION_IMAGES, len(images)), seed=0, shuffle=True)
     plan = Plan([Phase("fit", 0)])
-    loop = Loop(stack, Classification(), {"train": loader, "calibration": loader}, plan)
+    loop = Loop(stack, task, {"train": loader, "calibration": loader}, plan)
     return loop.run(copy.deepcopy(model)).eval().cpu()
 
 
-def _accuracy(graph: Path, runtime: str, images: ImageSource, module: nn.Module, batch: int) -> float:
-    session = get(runtime).load(graph, precision=get(runtime).precisions()[-1])
-    return 100 * runtime_accuracy(session, Prepared(images, preprocessing(module), batch), Classification(), batch).top1
+def _score(graph: Path, runtime: str, images: ImageSource, module: nn.Module, batch: int) -> Evaluation:
+    session, pre = get(runtime).load(graph, precision=get(runtime).precisions()[-1]), preprocessing(module)
+    task = task_for(pre)
+    return runtime_score(session, Prepared(images, pre, batch, task), task, batch)
 
 
 def export(
@@ -82,7 +82,8 @@ def export(
     for name in formats:
         if name not in runtimes:
             raise RecipeError(f"export: format {name!r} is unknown; formats are {', '.join(runtimes)}")
-    images = None if data is None else (open_data(data) if isinstance(data, str) else from_dataset(data))
+    task = task_for(preprocessing(model))
+    images = None if data is None else (task.open(data) if isinstance(data, str) else from_dataset(data))
     final = to_int8(model, images) if int8 and images is not None else model
     result: dict[str, Any] = {"artefacts": [], "unmet": []}
     fixed = batch if isinstance(batch, int) else 8
@@ -91,11 +92,13 @@ def export(
         entry: dict[str, Any] = {"format": name, "graph": str(artefact.graph), "parity": artefact.parity}
         if max_drop is not None and images is not None:
             dense = export_graph(model, out / f"{name}-given", format=name, batch=batch)
-            before = _accuracy(dense.graph, runtimes[name], images, model, fixed)
-            after = _accuracy(artefact.graph, runtimes[name], images, final, fixed)
-            entry |= {"top1_before": before, "top1": after}
-            if before - after > max_drop:
-                result["unmet"].append(f"{name}: accuracy fell by {before - after:.2f} points, {max_drop} are allowed")
+            before = _score(dense.graph, runtimes[name], images, model, fixed).score
+            after = _score(artefact.graph, runtimes[name], images, final, fixed).score
+            metric = task.metric
+            entry |= {f"{metric.key}_before": before, metric.key: after}
+            if (drop := metric.drop(before, after)) > max_drop:
+                allowed = f"{max_drop} are allowed"
+                result["unmet"].append(f"{name}: {metric.name} got worse by {drop:.2f} {metric.unit}, {allowed}")
         if min_speedup is not None:
             rows = bench([model, final], batch=[fixed], threads=2, runtimes=[runtimes[name]], precision=None, rounds=7)
             speed = max(r["ratio_best_dense"] for r in rows[len(rows) // 2 :])

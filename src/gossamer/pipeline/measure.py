@@ -11,22 +11,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from gossamer.core.schedule import Batch
+from gossamer.core.schedule import Batch, Step
 from gossamer.cost.latency import bench, ratio
 from gossamer.cost.ledger import Cost, cost
-from gossamer.data.loading import batches
+from gossamer.data.loading import StepLoader
 from gossamer.data.sources import ImageSource
-from gossamer.data.transforms import eval_transform
 from gossamer.export.artefact import graph_files
 from gossamer.export.exporting import export_once
 from gossamer.models.preprocessing import Preprocessing
 from gossamer.pipeline.stages import Stage
 from gossamer.recipe import ExportSettings
 from gossamer.runtimes import Session, as_recorded, get
-from gossamer.tasks.classification import Classification, Evaluation
-from gossamer.tasks.paired import compare
+from gossamer.tasks.task import Evaluation, Metric, Task, predict_with
 
-__all__ = ["FORMATS", "Measured", "Prepared", "measure", "runtime_accuracy"]
+__all__ = ["FORMATS", "Measured", "Prepared", "measure", "runtime_score"]
 
 KEEP_IMAGES = 2000
 """Evaluation sets up to this size stay decoded in memory while several models are measured on them."""
@@ -42,6 +40,7 @@ class Measured:
     runtime: str
     precision: str
     cost: Cost
+    metric: Metric
     files: dict[int, Path] = field(default_factory=dict)
     evaluation: Evaluation | None = None
     latency: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -68,9 +67,11 @@ class Measured:
             "params": self.cost.params,
             "memory_bytes": self.cost.memory_bytes,
             "file_bytes": size,
-            "images": None if ev is None else len(ev.targets),
-            "top1": None if ev is None else ev.top1,
-            "top1_interval": None if ev is None else list(ev.interval),
+            "images": None,
+            **({} if ev is None else ev.to_json()),
+            "metric": self.metric.to_json(),
+            "score": None if ev is None else ev.score,
+            "score_interval": None if ev is None or ev.score_interval is None else list(ev.score_interval),
             "agreement": None if self.agreement is None else self.agreement.get("agreement"),
             "paired": self.agreement,
             "latency": {str(b): v for b, v in self.latency.items()},
@@ -86,10 +87,11 @@ class Prepared:
         images: The images.
         pre: Preprocessing.
         batch: Images a batch; the last may be smaller.
+        task: The task, which reads them.
     """
 
-    def __init__(self, images: ImageSource, pre: Preprocessing, batch: int) -> None:
-        self._make = lambda: batches(images, eval_transform(pre), batch)
+    def __init__(self, images: ImageSource, pre: Preprocessing, batch: int, task: Task) -> None:
+        self._make = lambda: task.batches(images, pre, batch)
         self._kept: list[Batch] | None = None
         self._small = len(images) <= KEEP_IMAGES
 
@@ -99,16 +101,18 @@ class Prepared:
         return iter(self._kept) if self._kept is not None else iter(self._make())
 
 
-def runtime_accuracy(session: Session, loaded: Iterable[Batch], task: Classification, batch: int) -> Evaluation:
+def runtime_score(session: Session, loaded: Iterable[Batch], task: Task, batch: int) -> Evaluation:
     """Evaluate a session by ``batch`` images; where its graph takes no fewer, the last batch is padded."""
-    fixed = session.input_shape is not None and session.input_shape[0] is not None
+    shape = session.input_shape
+    fixed = shape is not None and shape[0] is not None
 
     def predict(x: torch.Tensor) -> torch.Tensor:
         n = len(x)
         full = torch.cat([x, x[:1].expand(batch - n, *x.shape[1:])]) if n < batch and fixed else x
         return torch.from_numpy(np.asarray(session.run(full.numpy())))[:n]
 
-    return task.evaluate(predict, loaded)
+    size = None if shape is None or len(shape) != 4 or None in shape[1:] else tuple(int(n or 0) for n in shape[1:])
+    return task.evaluate(predict_with(predict, size), loaded)  # type: ignore[arg-type]
 
 
 def _precisions(stage: Stage, runtime: str) -> tuple[str, ...]:
@@ -116,15 +120,16 @@ def _precisions(stage: Stage, runtime: str) -> tuple[str, ...]:
     return native if stage.name == "dense" else (native[-1],)
 
 
-def _examples(images: ImageSource | None, pre: Preprocessing, count: int) -> torch.Tensor | None:
+def _examples(images: ImageSource | None, pre: Preprocessing, count: int, task: Task) -> torch.Tensor | None:
     """Return real images for the proof of parity: on noise, a token-reduced model's choices are all close calls."""
     if images is None or len(images) < count:
         return None
-    return next(iter(batches(images, eval_transform(pre), count)))["image"]
+    loader = StepLoader(images, task.still_view(pre), count, shuffle=False)
+    return loader(Step("examples", "main", 0, 1))["image"]
 
 
 def _export_rows(
-    stages: Sequence[Stage], settings: ExportSettings, out: Path, examples: torch.Tensor | None
+    stages: Sequence[Stage], settings: ExportSettings, out: Path, examples: torch.Tensor | None, metric: Metric
 ) -> list[Measured]:
     """Export every stage for every measured runtime and batch, the last one in all other forms asked for too."""
     rows = []
@@ -142,7 +147,7 @@ def _export_rows(
         for runtime in settings.runtimes:
             files = {b: graph(FORMATS[runtime], b) for b in settings.sizes}
             for precision in _precisions(stage, runtime):
-                rows.append(Measured(stage, runtime, precision, ledger, files))
+                rows.append(Measured(stage, runtime, precision, ledger, metric, files))
         for format in settings.formats if stage is stages[-1] else ():
             for b in settings.batch:
                 graph(format, b)
@@ -176,22 +181,22 @@ def _time(rows: list[Measured], batch: int, settings: ExportSettings, size: tupl
         }
 
 
-def _accuracies(
-    rows: list[Measured], images: ImageSource, pre: Preprocessing, task: Classification, threads: int,
+def _scores(
+    rows: list[Measured], images: ImageSource, pre: Preprocessing, task: Task, threads: int,
     tick: Callable[[str], None],
 ) -> None:  # fmt: skip
-    loaded = Prepared(images, pre, max(rows[0].files))
+    loaded = Prepared(images, pre, max(rows[0].files), task)
     for runtime in dict.fromkeys(r.runtime for r in rows):
         mine = [r for r in rows if r.runtime == runtime]
         for row in mine:
             b = max(row.files)
             session = get(runtime).load(row.files[b], precision=row.precision, threads=threads)
-            row.evaluation = runtime_accuracy(session, loaded, task, b)
+            row.evaluation = runtime_score(session, loaded, task, b)
             tick(f"{row.stage.title}, {runtime} {row.precision}")
         reference = next(r for r in mine if r.stage.name == "dense" and r.precision == "f32").evaluation
         for row in mine:
             if reference is not None and row.evaluation is not None:
-                row.agreement = compare(reference.logits, row.evaluation.logits, reference.targets).to_json()
+                row.agreement = task.compare(reference, row.evaluation)
 
 
 def _why_not(row: Measured, dense: Measured, best: str) -> str:
@@ -223,7 +228,7 @@ def measure(
     stages: Sequence[Stage],
     images: ImageSource | None,
     pre: Preprocessing,
-    task: Classification,
+    task: Task,
     out: Path,
     settings: ExportSettings,
     tick: Callable[[str], None] = lambda text: None,
@@ -243,7 +248,7 @@ def measure(
         One row per stage, runtime and precision. Dense models are measured at every precision the
         CPU runs natively, the others at the best of them.
     """
-    rows = _export_rows(stages, settings, out, _examples(images, pre, max(settings.sizes)))
+    rows = _export_rows(stages, settings, out, _examples(images, pre, max(settings.sizes), task), task.metric)
     tick("exported")
     for runtime in settings.runtimes:
         mine = [r for r in rows if r.runtime == runtime]
@@ -251,6 +256,6 @@ def measure(
             _time(mine, b, settings, pre.size)
             tick(f"timed {runtime}, batch {b}")
     if images is not None:
-        _accuracies(rows, images, pre, task, settings.threads, tick)
+        _scores(rows, images, pre, task, settings.threads, tick)
     _explain(rows, max(settings.sizes))
     return rows

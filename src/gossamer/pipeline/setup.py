@@ -6,7 +6,6 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,15 +16,15 @@ from gossamer.core.method import Method
 from gossamer.core.schedule import Loader, Plan
 from gossamer.core.stack import Stack
 from gossamer.cost.budget import METRICS, Target
-from gossamer.data.loading import Mixing, StepLoader
-from gossamer.data.sources import ImageSource, hold_out, open_data
-from gossamer.data.transforms import eval_transform, train_transform
+from gossamer.data.loading import StepLoader
+from gossamer.data.sources import ImageSource, hold_out
 from gossamer.kits.teacher import bind_self
 from gossamer.models.build import load_model
 from gossamer.models.preprocessing import Preprocessing, preprocessing
 from gossamer.models.source import attach, source_of
 from gossamer.recipe import Recipe
-from gossamer.tasks.classification import Classification
+from gossamer.tasks.registry import task_for
+from gossamer.tasks.task import Task
 
 __all__ = ["Setup", "set_up"]
 
@@ -51,7 +50,7 @@ class Setup:
     model: nn.Module
     dense: nn.Module
     stack: Stack
-    task: Classification
+    task: Task
     preprocessing: Preprocessing
     loaders: dict[str, Loader]
     evaluation: ImageSource | None
@@ -97,12 +96,6 @@ def _remember_source(model: nn.Module) -> bool:
     return True
 
 
-def _source(spec: Any) -> ImageSource | None:
-    if spec is None or not isinstance(spec, str):
-        return spec
-    return open_data(spec)
-
-
 def set_up(
     recipe: Recipe,
     *,
@@ -136,19 +129,21 @@ def set_up(
     dense = copy.deepcopy(model).eval().requires_grad_(False)
     stack = Stack(methods if methods is not None else _methods(recipe))
     bind_self(stack, dense)
-    given = sources or {}
-    train = given.get("train") or _source(recipe.data.train)
-    evaluation = given.get("eval") or _source(recipe.data.eval)
+    task = task_for(pre, recipe.task)
+
+    def source(name: str) -> ImageSource | None:
+        spec = getattr(recipe.data, name)
+        return (sources or {}).get(name) or (None if spec is None else task.open(spec))
+
+    train, evaluation = source("train"), source("eval")
     if evaluation is None and train is not None and recipe.data.eval_share:
         train, evaluation = hold_out(train, recipe.data.eval_share, recipe.seed)
-    calibration = given.get("calibration") or _source(recipe.data.calibration) or train
+    calibration = source("calibration") or train
     if train is None and recipe.train.trains:
         raise RecipeError("data.train: nothing given, but train.steps or train.epochs ask for training; name images")
     _check_trained(recipe, stack)
-    task = Classification(label_smoothing=recipe.data.smoothing)
-    for source in (train, evaluation):
-        if source is not None:
-            task.check_classes(source, model)
+    for images in (train, evaluation):
+        task.check(images, model)
     loaders = _loaders(recipe, pre, task, train, calibration, rank, world)
     seen = 0 if train is None else len(train) - round(recipe.data.search_share * len(train))
     plan = Plan(recipe.train.phases(seen, world))
@@ -172,31 +167,24 @@ def _check_trained(recipe: Recipe, stack: Stack) -> None:
 
 
 def _loaders(  # noqa: PLR0913 - the parts of a run come together here
-    recipe: Recipe, pre: Preprocessing, task: Classification, train: ImageSource | None,
+    recipe: Recipe, pre: Preprocessing, task: Task, train: ImageSource | None,
     calibration: ImageSource | None, rank: int, world: int,
 ) -> dict[str, Loader]:  # fmt: skip
     loaders: dict[str, Loader] = {}
     data, batch = recipe.data, recipe.train.batch_size * world
     common = {"seed": recipe.seed, "workers": data.workers, "rank": rank, "world": world}
+    options = task.configure(data)
     if train is not None:
-        mixing = Mixing(mixup=data.mixup, cutmix=data.cutmix, smoothing=data.smoothing)
-        transform = train_transform(pre, data.augment)
+        view = task.train_view(pre, data)
         rest, held = hold_out(train, data.search_share, recipe.seed) if data.search_share else (train, train)
         for name, source in (("train", rest), ("all", train)):
-            loaders[name] = StepLoader(
-                source,
-                transform,
-                batch,
-                mixing=mixing,
-                num_classes=task.num_classes,
-                **common,  # type: ignore[arg-type]
-            )
+            loaders[name] = StepLoader(source, view, batch, **options, **common)  # type: ignore[arg-type]
         # a search compares models on images as deployment will see them: no augmentation, plain labels
-        loaders["search"] = StepLoader(held, eval_transform(pre), batch, **common)  # type: ignore[arg-type]
+        loaders["search"] = StepLoader(held, task.still_view(pre), batch, **common)  # type: ignore[arg-type]
     if calibration is not None:
         # calibration sees images as deployment will: no augmentation; every rank reads the same ones
         fitting = min(recipe.train.batch_size, len(calibration))
-        loaders["calibration"] = StepLoader(calibration, eval_transform(pre), fitting, seed=recipe.seed)
+        loaders["calibration"] = StepLoader(calibration, task.still_view(pre), fitting, seed=recipe.seed)
     return loaders
 
 

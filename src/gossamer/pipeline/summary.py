@@ -40,9 +40,10 @@ def write_summary(
         for key in ("tokens", "quantization"):
             if parts.get(key):
                 merged[key] = parts[key]
-    photos = []
+    photos, gallery = [], []
     if setup.evaluation is not None:
         photos = photo_maps(keeper.stages(), setup.evaluation, setup.preprocessing, count=6)
+        gallery = setup.task.gallery(keeper.stages(), setup.evaluation, setup.preprocessing)
     content = {
         "title": setup.recipe.name,
         "summary": _facts(table),
@@ -51,6 +52,7 @@ def write_summary(
         "table": list(table),
         "methods": described,
         "photos": photos,
+        "gallery": gallery,
         "failed": [
             {"name": name, "reason": reason}
             for source in (setup.evaluation, *(getattr(v, "source", None) for v in setup.loaders.values()))

@@ -16,6 +16,7 @@ from gossamer.report import charts, saved, table
 from gossamer.report.numbers import as_fact, as_percent, as_seconds, is_number
 from gossamer.report.profile import profiles
 from gossamer.report.scatter import accuracy_latency
+from gossamer.report.scoring import metric_of
 from gossamer.report.source import RunData, image_uri, read_run
 
 __all__ = ["build_report", "render"]
@@ -41,7 +42,8 @@ def _scatter(rows: Sequence[saved.Row], prefix: str) -> dict[str, Any] | None:
     for batch in table.batches(rows):
         found, names = table.points(rows, batch, prefix)
         if found:
-            label = f"Top-1 accuracy against median latency at batch {batch}; the table below holds the same figures"
+            name = metric_of(rows)["name"]
+            label = f"{name} against median latency at batch {batch}; the table below holds the same figures"
             pictures.append((batch, accuracy_latency(found, label)))
     return {"pictures": pictures, "series": names} if pictures else None
 
@@ -50,7 +52,8 @@ def _results(rows: Sequence[saved.Row], prefix: str) -> dict[str, Any] | None:
     if not rows:
         return None
     heads = table.columns(rows)
-    return {"columns": heads, "rows": table.rows(rows, heads, prefix), "scatter": _scatter(rows, prefix)}
+    scatter = _scatter(rows, prefix)
+    return {"columns": heads, "rows": table.rows(rows, heads, prefix), "scatter": scatter, "metric": metric_of(rows)}
 
 
 def _grid(block: Any, index: int, photo: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,6 +81,20 @@ def _photos(data: RunData, folder: Path) -> list[dict[str, Any]]:
         }
         for p in data.get("photos") or []
         if p.get("image")
+    ]
+
+
+def _gallery(data: RunData, folder: Path) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": str(group.get("name", "")),
+            "note": str(group.get("note") or ""),
+            "pictures": [
+                {"title": str(p["title"]), "note": str(p.get("note") or ""), "uri": image_uri(str(p["image"]), folder)}
+                for p in group.get("pictures") or []
+            ],
+        }
+        for group in data.get("gallery") or []
     ]
 
 
@@ -174,6 +191,7 @@ def _run(data: RunData, folder: Path, prefix: str) -> dict[str, Any]:
         "tokens": charts.tokens(tokens),
         "schedule": tokens.get("schedule") or "",
         "photos": _photos(data, folder),
+        "gallery": _gallery(data, folder),
         "layers": charts.layers(layers),
         "layer_rows": layers,
         "phases": _phases(data),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gossamer.report.numbers import as_percent, as_ratio, as_share, is_number, runtime_name
+from gossamer.report.scoring import as_score, as_step, metric_of, score_of
 
 __all__ = ["Row", "dense_row", "figures", "finished_row", "sentence", "timings"]
 
@@ -94,11 +95,10 @@ def figures(table: Sequence[Row]) -> list[tuple[str, str, str]]:
         less = _less(done, dense, key)
         if less is not None and abs(less) > 0.005:
             found.append((as_percent(1 - less, 0), name, "of the dense model"))
-    if is_number(done.get("top1")) and is_number(dense.get("top1")):
-        drop = 100 * (as_share(done["top1"]) - as_share(dense["top1"]))
-        sign = "+" if drop >= 0 else "\N{MINUS SIGN}"
-        now = as_percent(as_share(done["top1"]))
-        found.append((f"{sign}{abs(drop):.1f}", "points of top-1", f"now {now}"))
+    before, now, metric = score_of(dense), score_of(done), metric_of([done])
+    if before is not None and now is not None:
+        name = f"{'points' if metric['unit'] == '%' else metric['unit']} of {metric['name']}".removeprefix(" of ")
+        found.append((as_step(now - before, metric), name, f"now {as_score(now, metric)}"))
     if is_number(done.get("agreement")):
         found.append((as_percent(as_share(done["agreement"])), "agreement", "same answer as the dense model"))
     return found

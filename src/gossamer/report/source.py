@@ -6,9 +6,10 @@
 | --- | --- |
 | ``title`` | name of the run |
 | ``summary`` | facts, ``{label: text or number}`` |
-| ``table`` | rows ``{stage, runtime, precision, macs, params, file_bytes, top1, top1_interval: [low, high], agreement, note, chosen, paired: {p_value}, latency: {batch: {median_ms, iqr_ms, ratio_torch, ratio_fp32, ratio_best_dense, best_dense, trusted, reason}}}``; shares in [0, 1] or percent |
+| ``table`` | rows ``{stage, runtime, precision, macs, params, file_bytes, metric: {key, name, unit, higher, help}, score, score_interval: [low, high] (without a metric: top1, top1_interval), agreement, note, chosen, paired: {p_value}, latency: {batch: {median_ms, iqr_ms, ratio_torch, ratio_fp32, ratio_best_dense, best_dense, trusted, reason}}}``; shares in [0, 1] or percent |
 | ``tokens`` | ``{in, after_prune, after_merge}``: counts per block; or ``{blocks, kept, pruned, merged, dense, schedule}`` |
 | ``photos`` | ``{name, label, dense, finished, image, blocks: [grid or {block, grid}]}``; a grid holds one group id per patch, -1 where it was pruned |
+| ``gallery`` | groups ``{name, note, pictures: [{title, image, note}]}``: pictures beside one another, such as before and after |
 | ``quantization`` | rows ``{layer, bits_w, bits_a, error, gamma}``; default: the methods' tables whose rows have ``layer`` and ``bits`` |
 | ``curves`` | rows ``{phase, term, steps, values}``; default: ``metrics.jsonl`` |
 | ``phases`` | rows ``{phase, steps, seconds, cpu_seconds}``; default: ``metrics.jsonl`` |

@@ -9,6 +9,7 @@ from typing import Any
 from gossamer.report.numbers import as_bytes, as_count, as_ms, as_percent, as_ratio, as_share, is_number, runtime_name
 from gossamer.report.saved import Row, dense_row
 from gossamer.report.scatter import Point
+from gossamer.report.scoring import as_score, interval_of, metric_of, score_of
 
 __all__ = ["Cell", "Column", "batches", "columns", "points", "rows"]
 
@@ -44,7 +45,7 @@ PLAIN = (
     Column("macs", "MACs", help="Executed multiply-accumulates for one image; the speed they predict"),
     Column("params", "Params", help="Parameters"),
     Column("file_bytes", "File", help="Size of the exported model on disk"),
-    Column("top1", "Top-1", "interval", "Accuracy in this runtime, with its 95 % interval"),
+    Column("score", ""),
     Column("agreement", "Agreement", help="Images with the same answer as the dense model"),
 )
 
@@ -56,7 +57,13 @@ def batches(table: Sequence[Row]) -> list[str]:
 
 def columns(table: Sequence[Row]) -> list[Column]:
     """Return the columns that have data."""
-    found = [c for c in PLAIN if any(r.get(c.key) not in (None, "") for r in table)]
+    metric = metric_of(table)
+    score = Column("score", metric["name"], "interval", metric["help"])
+    found = [
+        score if c.key == "score" else c
+        for c in PLAIN
+        if any((score_of(r) if c.key == "score" else r.get(c.key)) not in (None, "") for r in table)
+    ]
     for b in batches(table):
         timed = [t for r in table if (t := (r.get("latency") or {}).get(b))]
         tip = "Median of one batch, with half its inter-quartile range"
@@ -88,7 +95,7 @@ def _timing(timed: Mapping[str, Any] | None) -> Cell:
 
 
 def _plain(row: Row, key: str, dense: Row | None) -> Cell:
-    value = row.get(key)
+    value = score_of(row) if key == "score" else row.get(key)
     if key == "stage":
         return Cell(str(value or ""), str(row.get("note") or ""), cls="stage")
     if value in (None, ""):
@@ -97,10 +104,10 @@ def _plain(row: Row, key: str, dense: Row | None) -> Cell:
         return Cell(runtime_name(value), sort=str(value))
     if not is_number(value):
         return Cell(str(value), sort=str(value))
-    if key == "top1":
-        span = row.get("top1_interval")
-        small = " to ".join(f"{100 * as_share(v):.1f}" for v in span) if span else ""
-        return Cell(as_percent(as_share(value)), small, str(value))
+    if key == "score":
+        metric = metric_of([row])
+        small = " to ".join(as_score(v, metric, unit=False) for v in interval_of(row) or ())
+        return Cell(as_score(value, metric), small, str(value))
     if key == "agreement":
         p_value = (row.get("paired") or {}).get("p_value")
         small = f"McNemar p {p_value:.2g}" if is_number(p_value) else ""
@@ -140,18 +147,19 @@ def points(table: Sequence[Row], batch: str, prefix: str) -> tuple[list[Point], 
     found = []
     for i, row in enumerate(table):
         timed = (row.get("latency") or {}).get(batch) or {}
-        if not (is_number(timed.get("median_ms")) and is_number(row.get("top1"))):
+        score = score_of(row)
+        if not is_number(timed.get("median_ms")) or score is None:
             continue
         name = runtime_name(row.get(key))
         parts = [str(row[k]) for k in ("stage", "precision") if row.get(k)]
         if key == "run" and row.get("runtime"):
             parts.append(runtime_name(row["runtime"]))
         label = " ".join(dict.fromkeys(parts))
-        span = row.get("top1_interval")
-        interval = (100 * as_share(span[0]), 100 * as_share(span[1])) if span else None
-        top1 = 100 * as_share(row["top1"])
-        trusted = timed.get("trusted") is not False
+        trusted, metric = timed.get("trusted") is not False, metric_of([row])
         found.append(
-            Point(f"{prefix}-row-{i}", label, names.index(name), name, timed["median_ms"], top1, interval, trusted)
+            Point(
+                f"{prefix}-row-{i}", label, names.index(name), name, timed["median_ms"], score, interval_of(row),
+                trusted, metric,
+            )  # fmt: skip
         )
     return found, names

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,8 +13,14 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import DataError, RecipeError
 from gossamer.core.schedule import Batch, Terms
-from gossamer.data.sources import ImageSource, check_classes
-from gossamer.tasks.paired import wilson
+from gossamer.data.loading import Mixing
+from gossamer.data.loading import batches as image_batches
+from gossamer.data.sources import ImageSource, check_classes, open_data
+from gossamer.data.transforms import PictureTransform, eval_transform, train_transform
+from gossamer.models.preprocessing import Preprocessing
+from gossamer.recipe import DataSettings
+from gossamer.tasks.paired import compare, wilson
+from gossamer.tasks.task import HasModel, Metric, in_evaluation
 
 __all__ = ["Classification", "Evaluation", "Predict", "logits_of", "predictor"]
 
@@ -39,18 +45,7 @@ def predictor(model: nn.Module) -> Predict:
     Every module's training flag is as before after each call.
     """
 
-    def predict(images: Tensor) -> Tensor:
-        first = next(iter(model.parameters()), None)
-        flags = [(m, m.training) for m in model.modules()]
-        model.eval()
-        try:
-            with torch.no_grad():
-                return logits_of(model(images if first is None else images.to(first.device))).float().cpu()
-        finally:
-            for module, flag in flags:
-                module.training = flag
-
-    return predict
+    return in_evaluation(model, logits_of)
 
 
 @dataclass(frozen=True)
@@ -73,9 +68,21 @@ class Evaluation:
     top5: float
     interval: tuple[float, float]
 
+    @property
+    def score(self) -> float:
+        """Top-1 accuracy in percent."""
+        return 100 * self.top1
+
+    @property
+    def score_interval(self) -> tuple[float, float]:
+        """Its interval, in percent."""
+        return 100 * self.interval[0], 100 * self.interval[1]
+
     def to_json(self) -> dict[str, Any]:
         """Return the figures without the logits."""
-        return {"images": len(self.names), "top1": self.top1, "top5": self.top5, "interval": list(self.interval)}
+        return {
+            "images": len(self.names), "top1": self.top1, "top1_interval": list(self.interval), "top5": self.top5,
+        }  # fmt: skip
 
     @classmethod
     def from_logits(cls, logits: Tensor, targets: Tensor, names: list[str] | None = None) -> Evaluation:
@@ -111,8 +118,10 @@ class Classification:
 
     Attributes:
         label_smoothing: In [0, 1); applies to hard targets only (mixup smooths its own).
-        num_classes: Classes of the classifier; ``check_classes`` fills it in.
+        num_classes: Classes of the classifier; ``check`` fills it in.
     """
+
+    metric: ClassVar[Metric] = Metric("top1", "Top-1", "%", True, "Accuracy in this runtime, with its 95 % interval")
 
     label_smoothing: float = 0.0
     num_classes: int | None = None
@@ -121,14 +130,44 @@ class Classification:
         if not 0.0 <= self.label_smoothing < 1.0:
             raise RecipeError(f"label smoothing is {self.label_smoothing}; expected 0 <= smoothing < 1")
 
-    def check_classes(self, source: ImageSource, model: nn.Module) -> int:
-        """Check that data and classifier have the same classes; keep and return their number.
+    def open(self, spec: str) -> ImageSource:
+        """Return labelled images."""
+        return open_data(spec)
+
+    def check(self, source: ImageSource | None, model: nn.Module) -> None:
+        """Check that data and classifier have the same classes; keep their number.
 
         Raises:
             DataError: The numbers differ.
         """
-        self.num_classes = check_classes(source, model)
-        return self.num_classes
+        if source is not None:
+            self.num_classes = check_classes(source, model)
+
+    def configure(self, data: DataSettings) -> dict[str, Any]:
+        """Take the label smoothing; return how training mixes images."""
+        self.label_smoothing = data.smoothing or self.label_smoothing
+        mixing = Mixing(mixup=data.mixup, cutmix=data.cutmix, smoothing=data.smoothing)
+        return {"mixing": mixing, "num_classes": self.num_classes}
+
+    def train_view(self, pre: Preprocessing, data: DataSettings) -> PictureTransform:
+        """Return the augmented view (``data.augment``)."""
+        return train_transform(pre, data.augment)
+
+    def still_view(self, pre: Preprocessing) -> PictureTransform:
+        """Return the view that a model is evaluated with."""
+        return eval_transform(pre)
+
+    def batches(self, source: ImageSource, pre: Preprocessing, batch: int) -> Iterator[Batch]:
+        """Yield every readable image once, resized and cropped."""
+        return image_batches(source, eval_transform(pre), batch)
+
+    def compare(self, reference: Evaluation, other: Evaluation) -> dict[str, Any]:
+        """Return agreement, McNemar test, interval of the difference and KL (``tasks.paired``)."""
+        return compare(reference.logits, other.logits, reference.targets).to_json()
+
+    def gallery(self, stages: Sequence[HasModel], source: ImageSource, pre: Preprocessing) -> list[dict[str, Any]]:
+        """Return no pictures: outputs are numbers."""
+        return []
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Any, Terms]:
         """Run the model; return its raw output and ``{"task": mean cross-entropy}``."""
