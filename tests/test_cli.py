@@ -30,6 +30,7 @@ OPTIONS = {
     "evaluate": {"model", "--data", "--runtime", "--limit", "--batch", "--precision", "--threads", "--json"},
     "export": {"model", "--format", "--out", "--int8", "--data", "--max-drop", "--min-speedup", "--batch", "--json"},
     "report": {"runs", "--out", "--json"},
+    "upscale": {"source", "target", "--model", "--scale", "--runtime", "--tile", "--overlap", "--threads", "--json"},
     "doctor": {"--json"},
 }  # fmt: skip
 ROW = {

@@ -35,6 +35,7 @@ _HOME = {
     "report": "gossamer.api",
     "run": "gossamer.api",
     "save": "gossamer.api",
+    "upscale": "gossamer.api",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

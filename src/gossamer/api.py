@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # torch, timm and the runtimes take seconds to import; `gossa
 
 __all__ = [
     "bench", "card", "compress", "cost", "doctor", "evaluate", "export", "load", "methods", "plan", "quickstart",
-    "report", "run", "save",
+    "report", "run", "save", "upscale",
 ]  # fmt: skip
 
 
@@ -237,6 +237,36 @@ def export(
     return _import("pipeline.exporting").export(
         _model(model), Path(out), wanted, int8=int8, data=data, max_drop=max_drop, min_speedup=min_speedup, batch=batch
     )
+
+
+def upscale(  # noqa: PLR0913 - the public call; all but three are optional
+    source: str | Path, target: str | Path, model: nn.Module | str, *, scale: int | None = None, runtime: str = "torch",
+    tile: int | None = None, overlap: int | None = None, threads: int = 2, progress: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Enlarge a picture, or every picture of a folder, by a super-resolution model.
+
+    Grey pictures stay grey, transparency is enlarged with bicubic interpolation, CMYK and palettes become RGB,
+    16 bits become 8; pictures are turned as their EXIF data say.
+
+    Args:
+        source: A picture or a folder.
+        target: The picture to write (its ending says the format), or a folder.
+        model: A module, MODEL spec or graph file for super-resolution.
+        scale: The scale expected; refused if the model has another.
+        runtime: ``torch``, ``openvino`` or ``onnxruntime``; the last two go in tiles of the graph's size.
+        tile: Side of the tiles in torch; default: one piece up to 512 x 512 pixels, tiles of 256 above.
+        overlap: Pixels that neighbouring tiles share on each side; default 16, at most a quarter of a tile.
+        threads: Threads.
+        progress: Say what is done.
+
+    Returns:
+        One dictionary a picture: image, out, from and to (width, height), seconds, notes (what was converted).
+    """
+    say = _import("pipeline.progress").say if progress else (lambda text: None)
+    return _import("pipeline.upscaling").upscale(
+        Path(source), Path(target), model, scale=scale, runtime=runtime, tile=tile, overlap=overlap, threads=threads,
+        tick=say,
+    )  # fmt: skip
 
 
 def report(runs: Sequence[str | Path] | str | Path, out: str | Path | None = None) -> Path:

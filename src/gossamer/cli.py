@@ -452,6 +452,31 @@ def export(  # noqa: PLR0913 - one parameter per option
     _json(found) if json_ else _facts(found)
 
 
+@app.command(epilog="Example: gossamer upscale photo.jpg large.png --model runs/sr/model")
+def upscale(  # noqa: PLR0913 - one parameter per option
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A picture, or a folder of pictures.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The picture to write, or a folder.")],
+    model: Annotated[str, typer.Option("--model", help="A MODEL for super-resolution.")],
+    scale: Annotated[int | None, typer.Option("--scale", min=1, help="Scale expected of the model.")] = None,
+    runtime: Annotated[str, typer.Option("--runtime", help="torch, openvino or onnxruntime.")] = "torch",
+    tile: Annotated[int | None, typer.Option("--tile", min=1, help="Side of the tiles in torch.")] = None,
+    overlap: Annotated[
+        int | None, typer.Option("--overlap", min=0, help="Pixels that tiles share on each side.", show_default="16")
+    ] = None,
+    threads: Threads = 2,
+    json_: Json = False,
+) -> None:
+    """Enlarge pictures by a super-resolution model, in tiles where they are large."""
+    from gossamer import api
+
+    rows = api.upscale(
+        source, target, model, scale=scale, runtime=runtime, tile=tile, overlap=overlap, threads=threads,
+        progress=not json_,
+    )  # fmt: skip
+    if json_:
+        _json(rows)
+
+
 # -- the rest -------------------------------------------------------------------------------------
 @app.command(epilog="Example: gossamer report runs/a runs/b --out comparison.html")
 def report(

@@ -17,12 +17,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gossamer.core.errors import ModelError
 from gossamer.kits.folding import left_of
+from gossamer.ops.sums import Add
 from gossamer.runtimes.session import first_line
 
 __all__ = ["Dataflow"]
 
 _CLIPS = (nn.ReLU, nn.ReLU6)
-_KEEPS = (nn.Identity, nn.Dropout, nn.MaxPool2d)
+_KEEPS = (nn.Identity, nn.Dropout, nn.MaxPool2d, nn.PixelShuffle)
 _PASSES = (*_CLIPS, *_KEEPS)
 """Modules that a quantizer can be moved across, or that do nothing: they are no stop on the way to it."""
 _MEANS = (nn.AdaptiveAvgPool2d, nn.AvgPool2d)
@@ -37,7 +38,8 @@ class _Tracer(fx.Tracer):
         self.returned_by: dict[fx.Node, str] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not any(True for _ in m.children()) or "weight" in m._parameters or "weight" in m._buffers
+        whole = not any(True for _ in m.children()) and not isinstance(m, Add)
+        return whole or "weight" in m._parameters or "weight" in m._buffers
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         out = super().call_module(m, forward, args, kwargs)
@@ -96,7 +98,7 @@ class Dataflow:
         return pairs
 
     def _is_sum(self, node: fx.Node) -> bool:
-        tensors = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+        tensors = [a for a in node.args[:2] if isinstance(a, fx.Node) and a.op != "get_attr"]
         return node.op in ("call_function", "call_method") and node.target in _ADDS and len(tensors) == 2
 
     def _end(self, node: fx.Node) -> fx.Node:
@@ -120,6 +122,59 @@ class Dataflow:
         calls = [n for n in self._graph.nodes if n.op == "call_module" and n.target in layers]
         signed = {n.target for n in calls if not self._is_nonnegative(n.args[0])}
         return [n for n in dict.fromkeys(c.target for c in calls) if n not in signed]
+
+    # -- who reads what ----------------------------------------------------------------------------
+    def _readers(self, readers: Collection[str]) -> dict[str, list[fx.Node]]:
+        """Return the nodes by which each of ``readers`` (layers, ``Add`` modules) reads."""
+        found: dict[str, list[fx.Node]] = {}
+        for node in self._graph.nodes:
+            made = self._returned_by.get(node) if self._is_sum(node) else None
+            name = node.target if node.op == "call_module" else made
+            if name in readers:
+                found.setdefault(str(name), []).append(node)
+        return found
+
+    def sums(self) -> tuple[list[str], list[str]]:
+        """Return the paths of ``Add`` modules in order, and descriptions of sums that are no such module."""
+        nodes = [n for n in self._graph.nodes if self._is_sum(n)]
+        made = [(n, self._returned_by.get(n)) for n in nodes]
+        known = [p for _, p in made if p is not None and isinstance(self._modules[p], Add)]
+        return list(dict.fromkeys(known)), [n.name for n, p in made if p not in known]
+
+    def reads(self, readers: Collection[str]) -> dict[str, list[str]]:
+        """Return names of the values that each of ``readers`` reads; equal names are one and the same value."""
+        calls = self._readers(readers)
+        return {
+            name: [a.name for n in nodes for a in n.args[:2] if isinstance(a, fx.Node)] for name, nodes in calls.items()
+        }
+
+    def ends(self, layers: Collection[str]) -> tuple[list[str], list[str]]:
+        """Return those of ``layers`` before which, and those behind which, there is no other of them."""
+        calls = {node: name for name, nodes in self._readers(layers).items() for node in nodes}
+
+        def reaches(node: fx.Node, back: bool, seen: set[fx.Node]) -> bool:
+            for other in node.all_input_nodes if back else node.users:
+                if other not in seen:
+                    seen.add(other)
+                    if other in calls or reaches(other, back, seen):
+                        return True
+            return False
+
+        first, last = ([name for n, name in calls.items() if not reaches(n, back, set())] for back in (True, False))
+        return list(dict.fromkeys(first)), list(dict.fromkeys(last))
+
+    def read_by(self, name: str, readers: Collection[str]) -> bool:
+        """Whether what a module puts out is read by ``readers`` alone, straight or through what rounding may cross."""
+        ends = {node for nodes in self._readers(readers).values() for node in nodes}
+        pending = [n for n in self._graph.nodes if n.op == "call_module" and n.target == name]
+        while pending:
+            for user in pending.pop().users:
+                if user in ends:
+                    continue
+                if not isinstance(self._module(user), _PASSES):
+                    return False
+                pending.append(user)
+        return True
 
     def _is_closed(self, end: fx.Node, layers: Collection[str]) -> bool:
         """Whether the value is rounded by its only reader, read by an activation in float, or returned."""

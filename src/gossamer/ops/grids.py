@@ -161,6 +161,9 @@ class LayerGrids:
         input_grid: ``"signed"``, ``"unsigned"``, ``"asymmetric"``, ``"odd"`` or ``"float"``.
         num_scales: Weight steps: 1 (per tensor), a divisor of the output rows (equal groups of consecutive
             rows, e.g. 3 for a fused q/k/v) or their number (per channel).
+        pads: What a convolution meets outside of its input: ``"zero"``, or ``"level"``, the value that the grid
+            rounds 0 to (inputs padded before they are rounded). On a grid without zero the latter is the cheaper
+            one: what the levels lie between the codes then adds the same everywhere, and is part of the bias.
     """
 
     weight_bits: int = 8
@@ -168,6 +171,7 @@ class LayerGrids:
     weight_grid: WeightKind = "symmetric"
     input_grid: InputKind = "signed"
     num_scales: int = 1
+    pads: Literal["zero", "level"] = "zero"
 
     def check(self, where: str, rows: int) -> None:
         """Raise ``ModelError`` where a layer of ``rows`` output rows cannot hold these grids."""

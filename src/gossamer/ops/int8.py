@@ -109,7 +109,18 @@ class _Int8Weights(nn.Module):
             new.input_grid.fill(f"{where} input", input_step, input_zero)
         if source.bias is not None and new.bias is not None:
             new.bias.copy_(source.bias.detach())
+        new._lift(where)
         return new.to(values.device).train(source.training)
+
+    @torch.no_grad()
+    def _lift(self, where: str) -> None:
+        """Put what half-way levels of the input add into the bias, where it is the same for every output."""
+        shift = None if self.input_grid is None else self.input_grid.shift
+        if shift is None or self.grids.pads != "level":
+            return
+        if self.bias is None:
+            raise ModelError(f"{where}: pads='level' on an odd input adds to the bias; build the layer with bias=True")
+        self.bias.add_(shift * self.dequantized_weight().flatten(1).sum(1))
 
     @classmethod
     def from_scales(
@@ -187,7 +198,9 @@ class _Int8Weights(nn.Module):
         if self.grids.halved:
             y = y + self._per_channel(self.weight_scale / 2) * self._sums(codes)
         shift = self.input_grid.shift
-        return y if shift is None else y + self._constant(shift * self.dequantized_weight(), x)
+        if shift is None or self.grids.pads == "level":
+            return y
+        return y + self._constant(shift * self.dequantized_weight(), x)
 
     def _add_unit(self, shape: tuple[int, ...]) -> None:
         """Hold the weight of ones that halved weights need."""
@@ -255,7 +268,7 @@ class Int8Linear(_Int8Weights):
 
 
 class Int8Conv2d(_Int8Weights):
-    """``nn.Conv2d`` (zero padding, of the rounded input) with int8 weights and an input on a grid.
+    """``nn.Conv2d`` with int8 weights and an input on a grid; zeros pad the rounded input unless the grids say other.
 
     Args:
         shape: Weight shape (out, in / groups, kernel height, kernel width).

@@ -17,6 +17,7 @@ __all__ = ["TASKS", "build_task", "task_for"]
 
 TASKS = {
     "classification": "gossamer.tasks.classification:Classification",
+    "super_resolution": "gossamer.tasks.super_resolution:SuperResolution",
 }
 """Where each task's class is; imported on use."""
 
