@@ -209,7 +209,8 @@ def judge(make: Callable[[str], Method], model: nn.Module, x: torch.Tensor) -> R
 
 def rooms() -> list[str]:
     """Return the methods whose change of a model can be checked this way."""
-    return [m.name for m in registry.methods().values() if {"tokens", "precision"} & set(m.touches)]
+    found = [m for m in registry.methods().values() if "classification" in m.tasks]
+    return [m.name for m in found if {"tokens", "precision"} & set(m.touches)]
 
 
 def matrix(names: Iterable[str] | None = None, methods: Sequence[str] | None = None) -> list[dict[str, Any]]:
