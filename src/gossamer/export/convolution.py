@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, DeduplicateInitializersPass
 
 from gossamer.export.rewrite import (
     add_constant,
@@ -25,10 +26,50 @@ from gossamer.export.rewrite import (
     sizes,
 )
 
-__all__ = ["clip_codes", "merge_half_levels", "round_before_pooling", "use_products_for_patches"]
+__all__ = [
+    "clip_codes",
+    "merge_half_levels",
+    "round_before_pooling",
+    "round_before_shuffling",
+    "share_rounding",
+    "use_leaky_relu",
+    "use_products_for_patches",
+]
 
 _MONOTONE = ("Relu", "Clip", "MaxPool")
 """What may stand between a convolution and the quantizer that a runtime fuses with it."""
+
+
+def share_rounding(model: ir.Model) -> None:
+    """Let a value that several readers round to the same grid be rounded once."""
+    DeduplicateInitializersPass()(model)
+    CommonSubexpressionEliminationPass()(model)
+
+
+def use_leaky_relu(model: ir.Model) -> None:
+    """Write a PRelu of one slope as LeakyRelu, which has an integer kernel in ONNX Runtime."""
+    for node in list(model.graph):
+        slope = scalar(node.inputs[1]) if node.op_type == "PRelu" else None
+        if slope is not None:
+            old, real = node.outputs[0], ir.DataType.FLOAT
+            replace(old, add_node(node, "LeakyRelu", [node.inputs[0]], {"alpha": slope}, dtype=real, shape=sizes(old)))
+
+
+def round_before_shuffling(model: ir.Model) -> None:
+    """Turn DepthToSpace -> QuantizeLinear (-> Clip) round: the convolution before is rounded at once."""
+    for node in list(model.graph):
+        quantize = only_user(node.outputs[0], "QuantizeLinear") if node.op_type == "DepthToSpace" else None
+        if quantize is None or scalar(quantize.inputs[1]) is None:
+            continue
+        x, last = node.inputs[0], quantize
+        kind = quantize.outputs[0].dtype or ir.DataType.UINT8
+        value = add_node(node, "QuantizeLinear", [x, *quantize.inputs[1:]], dtype=kind, shape=sizes(x))
+        clip = only_user(quantize.outputs[0], "Clip")
+        if clip is not None:
+            value, last = add_node(node, "Clip", [value, *clip.inputs[1:]], dtype=kind, shape=sizes(x)), clip
+        given = {k: a.value for k, a in node.attributes.items()}
+        value = add_node(node, "DepthToSpace", [value], given, dtype=kind, shape=sizes(node.outputs[0]))
+        replace(last.outputs[0], value)
 
 
 def round_before_pooling(model: ir.Model) -> None:

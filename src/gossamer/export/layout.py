@@ -18,6 +18,9 @@ from gossamer.export.convolution import (
     clip_codes,
     merge_half_levels,
     round_before_pooling,
+    round_before_shuffling,
+    share_rounding,
+    use_leaky_relu,
     use_products_for_patches,
 )
 from gossamer.export.projection import pack_projections, split_projections
@@ -193,6 +196,9 @@ STEPS: dict[str, tuple[Callable[[ir.Model], object], ...]] = {
         _fold_transposed_weights,
         pack_projections,
         _use_scalars,
+        share_rounding,
+        use_leaky_relu,
+        round_before_shuffling,
         merge_half_levels,
         _widen_weights,
         clip_codes,
@@ -204,6 +210,8 @@ STEPS: dict[str, tuple[Callable[[ir.Model], object], ...]] = {
         pack_projections,
         split_projections,
         _use_scalars,
+        share_rounding,
+        round_before_shuffling,
         round_before_pooling,
         _use_signed_codes,
         _dequantize_before_transposes,

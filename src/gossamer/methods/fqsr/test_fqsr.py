@@ -260,6 +260,7 @@ def test_loss_is_the_sum_over_all_intervals() -> None:
     assert not any(i.noted for i in intervals(model))
 
 
+@torch.no_grad()
 def test_initialisation_is_worth_most() -> None:
     """A naive start at 1 clips everything of range 255; observation keeps the network close to the float one."""
     x = pairs(Step("x", "x", 0, 1), 4)["image"]
