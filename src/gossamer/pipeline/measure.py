@@ -40,13 +40,13 @@ class Measured:
     runtime: str
     precision: str
     cost: Cost
-    metric: Metric
     files: dict[int, Path] = field(default_factory=dict)
     evaluation: Evaluation | None = None
     latency: dict[int, dict[str, Any]] = field(default_factory=dict)
     agreement: dict[str, Any] | None = None
     chosen: bool = False
     note: str = ""
+    metric: Metric | None = None
 
     @property
     def int8(self) -> bool:
@@ -69,7 +69,7 @@ class Measured:
             "file_bytes": size,
             "images": None,
             **({} if ev is None else ev.to_json()),
-            "metric": self.metric.to_json(),
+            "metric": None if self.metric is None else self.metric.to_json(),
             "score": None if ev is None else ev.score,
             "score_interval": None if ev is None or ev.score_interval is None else list(ev.score_interval),
             "agreement": None if self.agreement is None else self.agreement.get("agreement"),
@@ -147,7 +147,7 @@ def _export_rows(
         for runtime in settings.runtimes:
             files = {b: graph(FORMATS[runtime], b) for b in settings.sizes}
             for precision in _precisions(stage, runtime):
-                rows.append(Measured(stage, runtime, precision, ledger, metric, files))
+                rows.append(Measured(stage, runtime, precision, ledger, files, metric=metric))
         for format in settings.formats if stage is stages[-1] else ():
             for b in settings.batch:
                 graph(format, b)
