@@ -43,16 +43,16 @@ RADII = (0.03, 0.1, 0.4)
 COMMON = {"clip_start": "mse", "clip_decay": 1e-4}
 SIZES: dict[str, dict[str, Any]] = {
     "full": {
-        "images": 10_000, "width": 16, "float": 1560, "steps": 1560, "bits": (2, 3, 4), "rho": (0.1, 0.4),
-        "search": 780, "candidates": 20, "batches": 8,
+        "images": 10_000, "width": 16, "float": 1560, "steps": 1560,
+        "rho": {2: (0.1, 0.2, 0.4), 3: (0.2,), 4: (0.2,)}, "search": 780, "candidates": 20, "batches": 8,
     },
     "few": {
-        "images": 1000, "width": 8, "float": 1000, "steps": 480, "bits": (2, 3, 4), "rho": (0.1, 0.4),
-        "search": 240, "candidates": 10, "batches": 6,
+        "images": 1000, "width": 8, "float": 1000, "steps": 480,
+        "rho": {2: (0.1, 0.2, 0.4), 3: (0.2,), 4: (0.2,)}, "search": 240, "candidates": 10, "batches": 6,
     },
     "small": {
-        "images": 10_000, "width": 8, "float": 1600, "steps": 120, "bits": (3,), "rho": (0.03,),
-        "search": 50, "candidates": 6, "batches": 3,
+        "images": 10_000, "width": 8, "float": 1600, "steps": 120,
+        "rho": {3: (0.03,)}, "search": 50, "candidates": 6, "batches": 3,
     },
 }  # fmt: skip
 Job = tuple[dict[str, Any], int]
@@ -61,19 +61,19 @@ Job = tuple[dict[str, Any], int]
 def items(size: dict[str, Any]) -> dict[str, Job]:
     """Return the method of every item and the steps of its training; sharpness-aware steps cost two."""
     steps, found = size["steps"], {}
-    for bits in size["bits"]:
+    for bits, radii in size["rho"].items():
         plain = {"qat": {"bits": bits, **COMMON}}
         found[f"qat {bits} bit"] = (plain, steps)
         found[f"qat {bits} bit, twice as long"] = (plain, 2 * steps)
-        for rho in size["rho"]:
+        for rho in radii:
             found[f"saq {bits} bit, rho {rho:g}"] = ({"saq": _sharp(bits, rho)}, steps)
-        if bits in (3, 4):
+        if bits > 2:  # where both narrower and wider layers are to be had
             search = {
                 "search": True, "target_bops": f"{bits}bit", "search_steps": size["search"], "warmup": 0.25,
                 "policy_lr": 0.01, "baseline": 0.9, "candidates": size["candidates"], "derive_batches": size["batches"],
                 "band": 0.03,
             }  # fmt: skip
-            found[f"saq searched at {bits} bit"] = ({"saq": {**_sharp(bits, size["rho"][0]), **search}}, steps)
+            found[f"saq searched at {bits} bit"] = ({"saq": {**_sharp(bits, radii[0]), **search}}, steps)
     return found
 
 
