@@ -78,8 +78,9 @@ class PretrainSettings(_Part):
     epochs: float | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, gt=0)
     lr: float | None = Field(default=None, gt=0)
-    schedule: Literal["cosine", "constant"] | None = None
+    schedule: Literal["cosine", "linear", "constant"] | None = None
     warmup: float | None = Field(default=None, ge=0, le=1)
+    hold: float | None = Field(default=None, ge=0, le=1)
     min_lr_ratio: float | None = Field(default=None, ge=0, le=1)
 
     @model_validator(mode="after")
@@ -105,8 +106,9 @@ class TrainSettings(_Part):
     optimizer: str = "adamw"
     lr: float = Field(default=5e-4, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(default=0.0, ge=0, le=1)
+    hold: float = Field(default=0.0, ge=0, le=1)
     min_lr_ratio: float = Field(default=0.01, ge=0, le=1)
     clip_grad: float | None = Field(default=None, gt=0)
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -160,6 +162,7 @@ class TrainSettings(_Part):
             self.num_steps(num_images, world),
             schedule=self.schedule,
             warmup=self.warmup,
+            hold=self.hold,
             min_lr_ratio=self.min_lr_ratio,
         )
 
@@ -168,7 +171,7 @@ class TrainSettings(_Part):
         fit, first = self.fit_phase(num_images, world), self.pretrain
         if first is None:
             return [fit]
-        given = first.model_dump(exclude_none=True, include={"schedule", "warmup", "min_lr_ratio"})
+        given = first.model_dump(exclude_none=True, include={"schedule", "warmup", "hold", "min_lr_ratio"})
         steps = self._steps(first.steps, first.epochs, num_images, world)
         lr = None if first.lr is None else {"weights": first.lr}
         return [replace(fit, name=PRETRAIN, steps=steps, lr=lr, **given), fit]

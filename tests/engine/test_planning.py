@@ -43,6 +43,9 @@ def test_rate_warms_up_and_falls_to_its_floor():
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert 0.05 <= factors[-1] < 0.06
     assert rate_factor(Phase("fit", 10, schedule="constant"), 9) == 1.0
+    linear = Phase("fit", 100, schedule="linear", warmup=0.1, hold=0.5, min_lr_ratio=0.0)
+    found = [rate_factor(linear, i) for i in (9, 10, 54, 55, 77, 99)]
+    assert found == pytest.approx([10 / 11, 1, 1, 1, 1 - 22 / 45, 1 / 45])
     with pytest.raises(PlanError, match="cosine"):
         rate_factor(Phase("fit", 10, schedule="step"), 1)
 

@@ -106,9 +106,10 @@ class Phase:
         lr: Base learning rate by group, where the phase wants other than the recipe's.
         optimizer: By group, where the phase wants other than the recipe's: ``opt`` (timm's name) and further
             options of ``timm.optim.create_optimizer_v2`` (``betas``, ``weight_decay``, ...).
-        schedule: ``"cosine"`` or ``"constant"``.
+        schedule: ``"cosine"``, ``"linear"`` or ``"constant"``.
         warmup: Warm-up share of the steps (of the window's, where there is one), in [0, 1].
-        min_lr_ratio: Final over base learning rate of the cosine.
+        hold: Share of the steps after the warm-up that keep the base rate before it falls, in [0, 1].
+        min_lr_ratio: Final over base learning rate of the fall.
         window: The longer training that this phase is a part of; ``None``: it stands alone.
         fresh: Start with new optimisers: no moments of earlier phases.
         growing: The model is not whole yet (fewer blocks, smaller inputs): whoever compares it with another
@@ -124,6 +125,7 @@ class Phase:
     optimizer: Mapping[str, Mapping[str, Any]] | None = None
     schedule: str = "cosine"
     warmup: float = 0.0
+    hold: float = 0.0
     min_lr_ratio: float = 0.01
     window: Window | None = None
     fresh: bool = False

@@ -178,6 +178,9 @@ class Stack:
             logs: dict[str, Tensor] = {}
             for part in parts:
                 terms = terms_of(model, part, step)
+                if not terms:
+                    where = f"phase {step.phase!r}, turn {step.turn!r}"
+                    raise PlanError(f"{where}: no loss term; the task brings none for this data, so a method must")
                 total = torch.stack([t.float() for t in terms.values()]).sum()
                 backward(total / len(parts))
                 for k, v in terms.items():

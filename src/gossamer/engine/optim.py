@@ -17,10 +17,12 @@ from gossamer.recipe import TrainSettings
 __all__ = ["Optimisers", "rate_factor"]
 
 Groups = Mapping[str, list[nn.Parameter]]
+_LEFT = {"cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)), "linear": lambda done: 1 - done}
+"""What is left of the fall of a rate, by the share of it that is done."""
 
 
 def rate_factor(phase: Phase, index: int) -> float:
-    """Return learning rate over base rate at a step: linear warm-up, then cosine or constant.
+    """Return learning rate over base rate at a step: linear warm-up, held for a while, then cosine, linear or constant.
 
     A part of a longer training (``Phase.window``) has the rates of its place in the whole.
 
@@ -35,10 +37,11 @@ def rate_factor(phase: Phase, index: int) -> float:
         return (index + 1) / (warm + 1)
     if phase.schedule == "constant":
         return 1.0
-    if phase.schedule != "cosine":
-        raise PlanError(f"phase {phase.name!r}: schedule={phase.schedule!r}; allowed are 'cosine' and 'constant'")
-    done = (index - warm) / max(1, steps - warm)
-    return phase.min_lr_ratio + (1 - phase.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+    if phase.schedule not in _LEFT:
+        raise PlanError(f"phase {phase.name!r}: schedule={phase.schedule!r}; allowed are constant, {', '.join(_LEFT)}")
+    flat = warm + round(phase.hold * (steps - warm))
+    done = max(0, index - flat) / max(1, steps - flat)
+    return phase.min_lr_ratio + (1 - phase.min_lr_ratio) * _LEFT[phase.schedule](done)
 
 
 def _weight_groups(model: nn.Module, params: list[nn.Parameter], settings: TrainSettings) -> list[dict[str, Any]]:
