@@ -13,7 +13,11 @@ from torch import nn
 
 import gossamer.models.widths  # noqa: F401 - registers its models with timm
 from gossamer.core.errors import ModelError, nearest
-from gossamer.models import cifar_nets, super_resolution  # noqa: F401 - register their networks with timm
+from gossamer.models import (  # noqa: F401 - they register their networks with timm
+    cifar_nets,
+    generators,
+    super_resolution,
+)
 from gossamer.models.preprocessing import Preprocessing, preprocessing
 
 __all__ = ["ModelSource", "attach", "create", "inherit", "source_of"]
