@@ -21,6 +21,7 @@ __all__ = [
     "BrokenImage",
     "Failure",
     "ImageSource",
+    "Picked",
     "Sample",
     "Subset",
     "UnfitPicture",
@@ -179,7 +180,7 @@ class Subset(ImageSource):
         super().__init__(
             [source.names[i] for i in chosen],
             [int(source.labels[i]) for i in chosen],
-            _Picked(source, chosen),
+            Picked(source, chosen),
             source.classes,
             what or source.what,
         )
@@ -192,7 +193,9 @@ class Subset(ImageSource):
 
 
 @dataclass(frozen=True)
-class _Picked:
+class Picked:
+    """Reads chosen pictures of another source."""
+
     source: ImageSource
     indices: list[int]
 

@@ -128,12 +128,12 @@ class _Samples(Dataset):
             transform = transform.at(rendering)
         failures: list[Failure] = []
         for shift in range(self.tries):
+            _seed(key + shift)  # a source may draw too: the picture of the other, unpaired domain
             try:
                 sample = self.source[(index + shift) % len(self.source)]
             except BrokenImage as err:
                 failures.append((err.name, err.reason))
                 continue
-            _seed(key)
             try:
                 return transform(sample.image), sample.label, sample.name, failures
             except UnfitPicture as err:
