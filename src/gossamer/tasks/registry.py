@@ -18,6 +18,7 @@ __all__ = ["TASKS", "build_task", "task_for"]
 TASKS = {
     "classification": "gossamer.tasks.classification:Classification",
     "super_resolution": "gossamer.tasks.super_resolution:SuperResolution",
+    "image_translation": "gossamer.tasks.image_translation:ImageTranslation",
 }
 """Where each task's class is; imported on use."""
 
