@@ -18,9 +18,10 @@ from gossamer.core.method import Method
 from gossamer.core.schedule import Batch, Loader, Phase, Step
 from gossamer.models.build import load_model
 from gossamer.tasks.classification import Classification
+from gossamer.tasks.image_translation import ImageTranslation
 from gossamer.tasks.task import Task
 
-__all__ = ["MethodExample", "noise", "tiny_vit"]
+__all__ = ["MethodExample", "noise", "picture_pairs", "tiny_generator", "tiny_vit", "translation_example"]
 
 CLASSES = 10
 SIDE = 32
@@ -72,3 +73,35 @@ class MethodExample:
     )
     tolerance: float = 1e-4
     task: Task = field(default_factory=Classification)
+
+
+def tiny_generator(width: int = 4) -> nn.Module:
+    """Return a small, seeded translation generator for 32 x 32 pictures."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = load_model("mobile_resnet_3blocks", width=width, img_size=SIDE)
+        for p in model.parameters():  # fresh weights are nearly zero, which hides faults
+            if p.ndim > 1:
+                nn.init.normal_(p, std=0.15)
+    return model
+
+
+def picture_pairs(step: Step, batch_size: int = 2) -> Batch:
+    """Return random pictures of two domains, ``image`` and ``target`` [B, 3, 32, 32] in [-1, 1]; a loader."""
+    draw = step.generator("example.pairs", per_rank=True)
+    first, second = (2 * torch.rand(batch_size, 3, SIDE, SIDE, generator=draw) - 1 for _ in range(2))
+    return {"image": first, "target": second, "id": [f"{step.phase}-{step.index}-{n}" for n in range(batch_size)]}
+
+
+def translation_example(
+    method: Callable[[], Method],
+    neutral: Callable[[], Method] | None = None,
+    model: Callable[[], nn.Module] = tiny_generator,
+    *,
+    paired: bool = True,
+    steps: int = 3,
+) -> MethodExample:
+    """Return an example of image translation on random pictures."""
+    loaders = {name: picture_pairs for name in ("train", "search", "all", "calibration")}
+    task = ImageTranslation(paired=paired)
+    return MethodExample(method, model, neutral, (Phase("fit", steps),), loaders, task=task)

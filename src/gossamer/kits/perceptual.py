@@ -1,0 +1,116 @@
+"""Likeness of pictures in the features of a frozen network: style and content (arXiv 1603.08155)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gossamer.core.errors import ModelError, RecipeError
+from gossamer.kits.teacher import FeatureTap
+from gossamer.models.build import load_model
+from gossamer.models.preprocessing import preprocessing
+from gossamer.models.store import is_saved
+from gossamer.ops.adversarial import gram, wide_mean
+
+__all__ = ["PerceptualNetwork", "load_perceptual"]
+
+LEVELS = 4
+HOW = (
+    "give VGG-16 as 'vgg16@vgg16.safetensors' (timm's or torchvision's ImageNet weights), or a stand-in such as "
+    "'tf_efficientnet_lite0@weights.safetensors'"
+)
+
+
+class _Trunk(nn.Module):
+    """A timm model without its classifier."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net.forward_features(x)  # type: ignore[operator]
+
+
+class PerceptualNetwork(nn.Module):
+    """Features of pictures at a few depths of a frozen network.
+
+    Args:
+        net: A timm model (``forward_features``).
+        paths: Module paths of the features, in forward order.
+        normalise: Bring pictures to the network's own mean and std; otherwise they enter in [0, 1], as released.
+        content: Which of ``paths`` the content term compares.
+
+    Raises:
+        ModelError: The network has no such modules.
+    """
+
+    def __init__(self, net: nn.Module, paths: Sequence[str], *, normalise: bool = False, content: int = 1) -> None:
+        super().__init__()
+        self.trunk = _Trunk(net.eval().requires_grad_(False))
+        known = dict(net.named_modules())
+        missing = [p for p in paths if p not in known]
+        if missing or not paths or not hasattr(net, "forward_features"):
+            raise ModelError(f"perceptual network {type(net).__name__}: no features at {missing or list(paths)}; {HOW}")
+        self.paths, self.content = tuple(f"net.{p}" for p in paths), min(content, len(paths) - 1)
+        pre = preprocessing(net)
+        mean, std = (pre.mean, pre.std) if normalise else ((0.0,), (1.0,))
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        """Return the features of pictures [B, 1 or 3, H, W] in [-1, 1], one tensor a depth."""
+        if self.trunk.training:
+            self.trunk.eval()
+        rgb = pictures.expand(-1, 3, -1, -1) if pictures.shape[1] == 1 else pictures
+        with FeatureTap(self.trunk, self.paths, training_only=False) as tap:
+            self.trunk(((rgb + 1) / 2 - self.mean) / self.std)
+            return list(tap.read().values())
+
+    def terms(self, pictures: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (style, content) of pictures [B, C, H, W] in [-1, 1] against ``goal``, which gets no gradient.
+
+        Style is the sum over depths of the mean absolute difference of Gram matrices, content the mean absolute
+        difference of the features at one depth (relu2_2 for VGG-16).
+        """
+        ours = self(pictures)
+        with torch.no_grad():
+            theirs = self(goal.detach())
+        style = torch.stack(
+            [F.l1_loss(gram(a.float()), gram(b.float())) for a, b in zip(ours, theirs, strict=True)]
+        ).sum()
+        return style, wide_mean((ours[self.content] - theirs[self.content]).abs())
+
+
+def load_perceptual(
+    spec: str | nn.Module | None, paths: Sequence[str] | None = None, *, normalise: bool = False, who: str = "method"
+) -> PerceptualNetwork:
+    """Return the perceptual network that ``spec`` names.
+
+    Args:
+        spec: A ``PerceptualNetwork``, a timm model, or a model spec with weights.
+        paths: Modules whose outputs count; default the last before each of the first four halvings
+            (``feature_info``), which for VGG-16 are relu1_2, relu2_2, relu3_3 and relu4_3.
+        normalise: See ``PerceptualNetwork``.
+        who: The method that asks, for messages.
+
+    Raises:
+        RecipeError: No network, or one without weights; says how to give it.
+        ModelError: The weights or the modules are not there.
+    """
+    if isinstance(spec, PerceptualNetwork):
+        return spec
+    if isinstance(spec, str) and ("@" in spec or is_saved(spec)):
+        net = load_model(spec)
+    elif isinstance(spec, nn.Module):
+        net = spec
+    else:
+        raise RecipeError(f"{who}: perceptual={spec!r}: style and feature terms need a trained network; {HOW}, or set "
+                          f"lambda_style and lambda_feature to 0")  # fmt: skip
+    if paths is None:
+        info = getattr(net, "feature_info", None) or []
+        paths = [str(entry["module"]) for entry in list(info)[:LEVELS]]
+    return PerceptualNetwork(net, paths, normalise=normalise)

@@ -1,0 +1,115 @@
+"""The two players: pool, margin, freezing; and the perceptual network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gossamer.core.errors import ModelError, RecipeError
+from gossamer.core.schedule import Step
+from gossamer.kits.adversarial import ImagePool, JudgeOptions, PairedGame, drawn_with, frozen
+from gossamer.kits.example import picture_pairs
+from gossamer.kits.perceptual import PerceptualNetwork, load_perceptual
+from gossamer.ops.adversarial import gram
+
+STEP = Step("fit", "main", 0, 4)
+
+
+def numbered(*values: float) -> Tensor:
+    return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+
+
+def test_a_pool_fills_then_swaps() -> None:
+    pool, draw = ImagePool(3), torch.Generator().manual_seed(0)
+    assert torch.equal(pool(numbered(1, 2, 3), draw), numbered(1, 2, 3)) and len(pool.pictures) == 3
+    old = new = 0
+    held = {1.0, 2.0, 3.0}
+    for value in range(4, 104):
+        shown = float(pool(numbered(value), draw)[0, 0, 0, 0])
+        now = set(pool.pictures[:, 0, 0, 0].tolist())
+        if shown == value:
+            new += 1
+            assert now == held
+        else:
+            old += 1
+            assert shown in held and now == (held - {shown}) | {float(value)}
+        held = now
+    assert 30 < old < 70 and old + new == 100
+    assert torch.equal(ImagePool(0)(numbered(7), draw), numbered(7))
+
+
+def test_a_half_full_pool_comes_back_from_its_state() -> None:
+    pool, draw = ImagePool(4), torch.Generator().manual_seed(0)
+    pool(numbered(1, 2), draw)
+    other = ImagePool(4)
+    other.load_state_dict(pool.state_dict())
+    assert torch.equal(other.pictures, pool.pictures)
+    fresh = ImagePool(4)
+    other.load_state_dict(fresh.state_dict())
+    assert other.pictures.numel() == 0
+
+
+def test_frozen_networks_pass_gradients_on() -> None:
+    layer, x = nn.Linear(2, 2), torch.ones(1, 2, requires_grad=True)
+    with frozen(layer):
+        out = layer(x).sum()
+    out.backward()
+    assert layer.weight.grad is None and x.grad is not None and layer.weight.requires_grad
+
+
+def test_margin_and_seed() -> None:
+    options = JudgeOptions(width=4, layers=1)
+    with drawn_with(3):
+        game = PairedGame(options.make(6), options)
+    with drawn_with(3):
+        again = PairedGame(options.make(6), options)
+    assert all(torch.equal(a, b) for a, b in zip(game.parameters(), again.parameters(), strict=True))
+    batch = picture_pairs(STEP)
+    with torch.no_grad():
+        gap = (
+            game.judge(game.view(batch["image"], batch["target"])).mean()
+            - game.judge(game.view(batch["image"], batch["image"])).mean()
+        )
+    game.judge_terms([batch["image"]], batch, STEP)
+    assert float(game.margin) == pytest.approx(0.1 * float(gap), rel=1e-4)
+
+
+class _Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+        self.feature_info = [{"module": "a"}, {"module": "b"}]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu())
+
+
+def test_style_and_content() -> None:
+    net = _Deep()
+    seer = load_perceptual(net)
+    x, y = (torch.rand(2, 3, 8, 8, requires_grad=True) for _ in range(2))
+    style, content = seer.terms(x, y)
+    a, b = ([net.a((v + 1) / 2), net.forward_features((v + 1) / 2)] for v in (x, y))
+    assert torch.allclose(style, sum(F.l1_loss(gram(p), gram(q)) for p, q in zip(a, b, strict=True)))
+    assert torch.allclose(content, F.l1_loss(a[1], b[1]))
+    (style + content).backward()
+    assert y.grad is None and x.grad is not None and all(p.grad is None for p in net.parameters())
+
+
+def test_vgg_taps_are_the_published_ones() -> None:
+    import timm
+
+    with torch.device("meta"):
+        net = timm.create_model("vgg16")
+    assert load_perceptual(net).paths == tuple(f"net.features.{n}" for n in (3, 8, 15, 22))
+    assert all(isinstance(net.features[n], nn.ReLU) for n in (3, 8, 15, 22))
+
+
+def test_missing_networks_are_refused() -> None:
+    for spec in (None, "vgg16"):
+        with pytest.raises(RecipeError, match="vgg16@vgg16.safetensors"):
+            load_perceptual(spec)
+    with pytest.raises(ModelError, match="no features at"):
+        PerceptualNetwork(_Deep(), ["nowhere"])
