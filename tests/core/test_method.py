@@ -24,8 +24,11 @@ PUBLIC = {
     "compress", "cost", "doctor", "evaluate", "export", "load", "methods", "plan", "quickstart", "report", "run",
     "save",
 }  # fmt: skip
-CORE_LINES = 800
-"""A new hook needs three methods that cannot be written without it; raise this number with a reason."""
+CORE_LINES = 805
+"""A new hook needs three methods that cannot be written without it; raise this number with a reason.
+
+800 to 805: rates that are held and fall in a line, objectives without a term refused (adversarial training).
+"""
 
 
 def test_hooks_are_frozen() -> None:
@@ -47,7 +50,7 @@ def test_core_stays_small() -> None:
 
 def test_stages_and_kinds_are_frozen() -> None:
     assert STAGES == ("growth", "structure", "tokens", "training", "precision")
-    assert {"tokens", "structure", "precision"} == LASTING and {"tokens", "precision"} == EXCLUSIVE
+    assert {"tokens", "structure", "precision"} == LASTING and {"tokens", "precision", "adversary"} == EXCLUSIVE
 
 
 def test_every_hook_has_an_empty_default() -> None:

@@ -23,7 +23,7 @@ from gossamer.conformance.running import (
 from gossamer.core.errors import GossamerError
 from gossamer.core.method import STAGES, Method
 from gossamer.core.schedule import Batch, Phase, Plan, Step, Turn
-from gossamer.core.stack import LASTING, Stack
+from gossamer.core.stack import EXCLUSIVE, LASTING, Stack
 from gossamer.kits.example import MethodExample
 from gossamer.kits.teacher import BLOCK_LIST, FeatureTap, bind_self, block_paths
 
@@ -38,7 +38,7 @@ __all__ = [
     "check_touches",
 ]
 
-KINDS = LASTING | {"weights", "loss", "gradients"}
+KINDS = LASTING | EXCLUSIVE | {"weights", "loss", "gradients"}
 DECIDING = ("prepare", "enter", "leave", "finish")
 
 

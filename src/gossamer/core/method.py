@@ -34,8 +34,8 @@ class Method:
         stage: One of ``STAGES``; default order in a stack.
         touches: What the method changes: ``"tokens"``, ``"structure"``, ``"precision"``
             (these three last: they are part of a saved model), ``"weights"``, ``"loss"``,
-            ``"gradients"``. Two methods of a stack may not both touch ``"precision"``
-            or both touch ``"tokens"``.
+            ``"gradients"``, ``"adversary"`` (the discriminator that the model is trained against). Two
+            methods of a stack may not both touch ``"precision"``, ``"tokens"`` or ``"adversary"``.
         needs: ``{touched: gift}``: if another method of the stack touches ``touched``, some
             method must give ``gift``.
         gives: Capabilities this method offers to others.

@@ -20,7 +20,7 @@ TaskLoss = Callable[[nn.Module, Batch], tuple[Any, Terms]]
 """Runs the model on a batch; returns its output and the task's loss terms."""
 LASTING = frozenset({"tokens", "structure", "precision"})
 """What remains in a finished model; edits of methods that touch none of these are not saved."""
-EXCLUSIVE = frozenset({"tokens", "precision"})
+EXCLUSIVE = frozenset({"tokens", "precision", "adversary"})
 
 
 def _check(methods: Sequence[Method]) -> None:
