@@ -1,0 +1,252 @@
+"""DCD on CIFAR-10: a narrow generator alone, with plain feature distillation, and with DCD; at equal MACs and steps.
+
+    python benchmarks/dcd.py --data ../shared/data --out runs/dcd                 # everything, one after the other
+    python benchmarks/dcd.py --data ../shared/data --out runs/dcd --jobs 12       # on a GPU: all arms side by side
+    python benchmarks/dcd.py --data ../shared/data --out runs/dcd --table         # the table of what is there
+
+Two tasks: ``pairs`` (pix2pix: the edges of a photograph to the photograph, 5,000 training pictures of all classes) and
+``domains`` (CycleGAN: horses to deer, 5,000 each). Two figures in the features of a ViT-Ti/16, which no arm is trained
+with (its perceptual network is an EfficientNet-Lite0): the Frechet distance of the pictures made of the 5,000 training
+inputs, and the kernel distance on 800 test inputs. Neither is the standard FID or KID. Uses CUDA where present; an
+arm that was interrupted goes on where it stopped, a finished one is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.core.method import Method
+from gossamer.core.schedule import Batch, Loader, Phase, Step
+from gossamer.core.stack import Stack
+from gossamer.cost.ledger import cost
+from gossamer.data.pairs import PairTransform, open_pairs, pair_sources
+from gossamer.data.sources import open_data, take
+from gossamer.engine.loop import Loop
+from gossamer.engine.options import RunOptions
+from gossamer.kits.teacher import bind_self
+from gossamer.methods.cyclegan import CycleGAN
+from gossamer.methods.dcd import DCD
+from gossamer.methods.pix2pix import Pix2Pix
+from gossamer.models.build import load_model
+from gossamer.models.preprocessing import preprocessing
+from gossamer.recipe import TrainSettings
+from gossamer.tasks.features import Extractor, distances, diversity, load_extractor
+from gossamer.tasks.image_translation import ImageTranslation, to_unit
+
+HORSE, DEER = 7, 4
+EXTRACTOR, PERCEPTUAL = "vit_tiny_patch16_224@embedded", "tf_efficientnet_lite0"
+ARMS = ("teacher", "alone", "plain", "dcd", "dcd_without_gan", "images")
+TASKS = ("pairs", "domains")
+NETWORK, TEACHER, STUDENT, SIZE = "mobile_resnet_9blocks", 32, 8, 32
+JUDGE = {"layers": 1, "ndf": 32}
+
+
+def pictures(args: argparse.Namespace, task: str, split: str) -> tuple[Tensor, Tensor]:
+    """Return inputs and real pictures of the second domain, each [N, 3, 32, 32] in [-1, 1]."""
+    file = "cifar10_train_50000_q95.npz" if split == "train" else "cifar10_test_8000.npz"
+    count = min(args.images, 5000 if split == "train" else 800)
+    spec = f"npz:{args.data}/{file}"
+    if task == "pairs":
+        source = open_pairs(f"edges:{spec}[0:{count}]")
+    else:
+        whole = open_data(spec)
+        first, second = ([i for i, k in enumerate(whole.labels) if k == c][:count] for c in (HORSE, DEER))
+        source = pair_sources(take(whole, first), take(whole, second), paired=True)  # both in order, once each
+    view = PairTransform(preprocessing(load_model(NETWORK, width=1, img_size=SIZE)))
+    read = [view(source[i].image) for i in range(len(source))]
+    return torch.stack([r["image"] for r in read]), torch.stack([r["target"] for r in read])
+
+
+def loader(first: Tensor, second: Tensor, batch: int, paired: bool) -> Loader:
+    """Return random batches, flipped half of the time; pairs stay together."""
+
+    def draw(step: Step) -> Batch:
+        random = step.generator("pictures")
+        rows = torch.randint(len(first), (batch,), generator=random)
+        others = rows if paired else torch.randint(len(second), (batch,), generator=random)
+        flips = torch.rand(2, batch, generator=random) < 0.5
+        sides = zip((first[rows], second[others]), (flips[0], flips[0] if paired else flips[1]), strict=True)
+        a, b = (torch.where(f.view(-1, 1, 1, 1), x.flip(-1), x) for x, f in sides)
+        return {"image": a, "target": b, "id": [str(r) for r in rows.tolist()]}
+
+    return draw
+
+
+def methods(args: argparse.Namespace, task: str, arm: str, seed: int) -> list[Method]:
+    """Return the methods of an arm."""
+    paired = task == "pairs"
+    if arm in ("alone", "teacher"):
+        plain = {**JUDGE, "seed": seed}
+        return [Pix2Pix(gan="hinge", norm="instance", **plain) if paired else CycleGAN(**plain)]
+    perceptual = f"{PERCEPTUAL}@{args.data}/weights/{PERCEPTUAL}_fp16.safetensors"
+    own: dict[str, Any] = {
+        "plain": {"features": "raw", "lambda_gan": 0.0, "d_fakes": "teacher"},
+        "images": {"features": "images"},
+        "dcd": {},
+        "dcd_without_gan": {"lambda_gan": 0.0, "d_fakes": "teacher"},
+    }[arm]
+    return [
+        DCD(
+            width=STUDENT, paired=paired, perceptual=perceptual, perceptual_norm=True, cycles=args.cycles,
+            student_ratio=1.0, select=None if paired else EXTRACTOR, select_images=min(1000, args.images),
+            lambda_style=args.style, lambda_feature=args.feature, seed=seed, **JUDGE, **own,
+        )
+    ]  # fmt: skip
+
+
+def train(args: argparse.Namespace, task: str, arm: str, seed: int, folder: Path) -> nn.Module:
+    """Train an arm, or go on with it; returns the generator that is deployed."""
+    width = STUDENT if arm == "alone" else TEACHER
+    torch.manual_seed(seed)
+    model, paired = load_model(NETWORK, width=width, img_size=SIZE), task == "pairs"
+    first, second = pictures(args, task, "train")
+    draw = loader(first, second, args.batch, paired)
+    stack, steps = Stack(methods(args, task, arm, seed)), args.epochs * len(first) // args.batch
+    settings = TrainSettings(steps=steps, batch_size=args.batch, lr=args.lr, checkpoint_every=max(50, steps // 10))
+    bind_self(stack, model)
+    loop = Loop(
+        stack, ImageTranslation(paired=paired), {"train": draw, "search": draw},
+        [Phase("fit", steps, schedule="linear", hold=0.5, min_lr_ratio=0.01)], settings=settings, run_dir=folder,
+        seed=seed, options=RunOptions(resume=True, mark_finished=False, quiet=args.quiet),
+    )  # fmt: skip
+    return loop.run(model)
+
+
+@torch.no_grad()
+def features(see: Extractor, images: Tensor, model: nn.Module | None = None) -> Tensor:
+    """Return the features of pictures, or of what ``model`` makes of them."""
+    device = see.mean.device
+    found = []
+    for part in images.split(100):
+        x = part.to(device)
+        found.append(see(to_unit(x if model is None else model(x))))
+    return torch.cat(found)
+
+
+def score(args: argparse.Namespace, task: str, model: nn.Module) -> dict[str, Any]:
+    """Return the figures of a generator."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device).eval()
+    sets = {split: pictures(args, task, split) for split in ("train", "test")}
+    networks = {"": EXTRACTOR, "effnet_": f"{PERCEPTUAL}@{args.data}/weights/{PERCEPTUAL}_fp16.safetensors"}
+    found: dict[str, Any] = {}
+    for name, spec in networks.items():
+        see = load_extractor(spec).to(device)
+        for split, (first, second) in sets.items():
+            made = features(see, first, model)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the test set only the kernel distance is used
+                values = distances(made, features(see, second), see.name)
+            found |= {f"{name}{split}_frechet": values.fid, f"{name}{split}_kernel": values.kid}
+            found |= {f"{name}{split}_kernel_std": values.kid_std, f"{name}{split}_diversity": diversity(made)}
+    if task == "pairs":
+        with torch.no_grad():
+            for split, (first, second) in sets.items():
+                out = torch.cat([model(x.to(device)).cpu() for x in first.split(100)])
+                found[f"{split}_l1"] = float((to_unit(out) - to_unit(second)).abs().mean())
+    counted = cost(model.cpu(), (3, SIZE, SIZE), saved=False)
+    return {**found, "macs": counted.macs, "params": counted.params}
+
+
+def one(args: argparse.Namespace, task: str, arm: str, seed: int) -> None:
+    """Run and score an arm unless it has been."""
+    place = args.out / f"{task}-{arm}-{seed}"
+    result = place / "result.json"
+    if result.is_file():
+        return
+    torch.set_num_threads(max(1, args.threads))
+    start = time.perf_counter()
+    model = train(args, task, arm, seed, place / "run")
+    row = {"task": task, "arm": arm, "seed": seed, **score(args, task, model), "seconds": time.perf_counter() - start}
+    row["settings"] = {k: getattr(args, k) for k in ("epochs", "batch", "images", "lr", "style", "feature", "cycles")}
+    result.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+    print(f"{task} {arm} seed {seed}: {row['train_frechet']:.2f}, kernel {row['test_kernel']:.4f}", flush=True)
+
+
+def table(args: argparse.Namespace) -> str:
+    """Return the results so far as a Markdown table, one row an arm."""
+    rows = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(args.out.glob("*/result.json"))]
+    lines = [
+        "| task | arm | MMACs | Frechet, 5,000 training | kernel, 800 test | diversity | seeds |",
+        "|" + " --- |" * 7,
+    ]
+    for task in TASKS:
+        for arm in ARMS:
+            mine = [r for r in rows if (r["task"], r["arm"]) == (task, arm)]
+            if mine:
+                cells = []
+                for key in ("train_frechet", "test_kernel"):
+                    values = [r[key] for r in mine]
+                    cells.append(f"{statistics.mean(values):.3g} ({', '.join(f'{v:.3g}' for v in values)})")
+                spread = f"{statistics.mean(r['test_diversity'] for r in mine):.2f}"
+                row = [task, arm, f"{mine[0]['macs'] / 1e6:.1f}", *cells, spread, str(len(mine))]
+                lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def together(args: argparse.Namespace, wanted: list[tuple[str, str, int]]) -> None:
+    """Run arms in processes of their own, ``args.jobs`` at a time."""
+    shared = [a for a in sys.argv[1:] if not a.startswith("--jobs")]
+    if "--jobs" in sys.argv:
+        at = sys.argv.index("--jobs")
+        shared = sys.argv[1:at] + sys.argv[at + 2 :]
+    waiting, running = list(wanted), []
+    while waiting or running:
+        while waiting and len(running) < args.jobs:
+            task, arm, seed = waiting.pop(0)
+            only = ["--only", f"{task}/{arm}/{seed}", "--quiet"]
+            running.append(subprocess.Popen([sys.executable, __file__, *shared, *only]))
+        time.sleep(1)
+        running = [p for p in running if p.poll() is None]
+
+
+def main() -> None:
+    """Run what is asked for and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the CIFAR-10 files and weights/")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--arms", nargs="+", default=["teacher", "alone", "plain", "dcd"], choices=ARMS)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--images", type=int, default=5000, help="training pictures of a domain, at most 5,000")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--cycles", type=int, default=5)
+    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument(
+        "--style", type=float, default=1.0, help="published 1e4 is for VGG-16, whose Gram matrices are small"
+    )
+    parser.add_argument("--feature", type=float, default=1.0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--only", help="task/arm/seed")
+    parser.add_argument("--quiet", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    wanted = [(t, a, s) for s in range(args.seeds) for t in args.tasks for a in args.arms]
+    if args.only:
+        task, arm, seed = args.only.split("/")
+        one(args, task, arm, int(seed))
+        return
+    if not args.table and args.jobs > 1:
+        together(args, wanted)
+    elif not args.table:
+        for task, arm, seed in wanted:
+            one(args, task, arm, seed)
+    print(table(args))
+
+
+if __name__ == "__main__":
+    main()
