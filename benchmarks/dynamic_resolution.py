@@ -1,9 +1,12 @@
 """DRNet against fixed resolutions on CIFAR-10 images: accuracy in the runtimes and milliseconds an image at batch 16.
 
-``python benchmarks/dynamic_resolution.py train OUT SIZE [SEEDS]`` trains every net once a seed (on the GPU if there is
-one); what is done is not done again, an interrupted training goes on. ``... measure OUT SIZE [SEEDS]`` exports them,
-evaluates them in OpenVINO and ONNX Runtime on the CPU and times them side by side on real test images, 16 a call;
-results in ``OUT/SIZE.json``. SIZE: ``toy`` (a minute, says nothing), ``small`` (20 minutes of one core), ``gpu``.
+    python benchmarks/dynamic_resolution.py train OUT [--size small] [--seeds 0 1] [--data ../shared/data]
+    python benchmarks/dynamic_resolution.py measure OUT ...
+
+``train`` trains every net once a seed (on the GPU if there is one); what is done is not done again, an interrupted
+training goes on. ``measure`` exports them, evaluates them in OpenVINO and ONNX Runtime on the CPU and times them side
+by side on real test images, 16 a call; results in ``OUT/SIZE.json``. Sizes: ``toy`` (a minute, says nothing), ``small``
+(10 minutes of one core, one seed), ``gpu`` (ten epochs of all images, and the ablation of the norms).
 
 All nets see the same number of steps of the same batches; DRNet spends 0.7 of 1.7 of them on all sizes at once. Fixed
 nets are exported for exactly 16 images, which suits them best.
@@ -11,8 +14,8 @@ nets are exported for exactly 16 images, which suits them best.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +42,19 @@ from gossamer.runtimes import get
 from gossamer.runtimes.device import device_key
 from gossamer.runtimes.routed import RoutedSession
 
-DATA = "npz:../shared/data/"
-TEST = f"{DATA}cifar10_test_8000.npz"
 AUGMENT = {"scale": [0.6, 1.0], "ratio": [0.9, 1.1], "color_jitter": None}
 CALL, CALLS = 16, 8
 """Images a call, and different calls that a timed run goes through."""
 SIZES: dict[str, dict[str, Any]] = {
     "toy": {"net": "preact_resnet8", "images": 1000, "steps": 34, "batch": 32, "test": 400, "workers": 0},
-    "small": {"net": "preact_resnet8", "images": 20000, "steps": 2500, "batch": 64, "test": 8000, "workers": 0},
-    "gpu": {"net": "preact_resnet20", "images": 50000, "steps": 11700, "batch": 128, "test": 8000, "workers": 12},
+    "small": {"net": "preact_resnet8", "images": 20000, "steps": 1600, "batch": 64, "test": 8000, "workers": 0},
+    "gpu": {"net": "preact_resnet20", "images": 50000, "steps": 4000, "batch": 128, "test": 8000, "workers": 12},
 }
 NETS: dict[str, dict[str, Any]] = {
     "fixed 32": {"side": 32},
     "drnet": {"macs": "60%"},
     "fixed 24": {"side": 24},
     "drnet, shared norms": {"macs": "60%", "resolution_norm": False},
-    "drnet, no budget": {},
 }
 CHEAP = ("fixed 32", "drnet", "fixed 24")
 """What the sizes for one core train."""
@@ -65,7 +65,7 @@ def nets(size: str) -> list[str]:
     return list(NETS if size == "gpu" else CHEAP)
 
 
-def recipe(size: str, name: str, seed: int) -> Recipe:
+def recipe(size: str, name: str, seed: int, data: Path) -> Recipe:
     """Return the recipe of one net."""
     given, options = SIZES[size], dict(NETS[name])
     steps = given["steps"]
@@ -73,7 +73,7 @@ def recipe(size: str, name: str, seed: int) -> Recipe:
     return Recipe(
         model={"name": given["net"], "num_classes": 10},
         data={
-            "train": f"{DATA}cifar10_train_50000_q95.npz[0:{given['images']}]", "augment": AUGMENT,
+            "train": f"npz:{data}/cifar10_train_50000_q95.npz[0:{given['images']}]", "augment": AUGMENT,
             "workers": given["workers"],
         },
         methods=methods,
@@ -96,10 +96,10 @@ def at_side(net: nn.Module, name: str) -> nn.Module:
     return net if side == 32 else inherit(Resized(net, (side, side)), net)
 
 
-def train(out: Path, size: str, seed: int) -> None:
+def train(out: Path, size: str, seed: int, data: Path) -> None:
     """Train what is not trained yet."""
     for name in nets(size):
-        folder, run = place(out, size, name, seed), recipe(size, name, seed)
+        folder, run = place(out, size, name, seed), recipe(size, name, seed, data)
         if (folder / "model" / "model.json").is_file():
             continue
         torch.manual_seed(seed)
@@ -140,10 +140,10 @@ def routing(model: Routed, images: Tensor, targets: Tensor) -> dict[str, Any]:
     }
 
 
-def measure(out: Path, size: str, seeds: list[int]) -> dict[str, Any]:
+def measure(out: Path, size: str, seeds: list[int], data: Path) -> dict[str, Any]:
     """Export, evaluate and time all nets; returns the table."""
     torch.set_num_threads(1)
-    test = open_data(f"{TEST}[0:{SIZES[size]['test']}]")
+    test = open_data(f"npz:{data}/cifar10_test_8000.npz[0:{SIZES[size]['test']}]")
     table: dict[str, Any] = {"machine": device_key(), "threads": 1, "seeds": {}}
     for seed in seeds:
         models = {n: at_side(load(place(out, size, n, seed) / "model"), n) for n in nets(size)}
@@ -203,12 +203,22 @@ def show(table: dict[str, Any]) -> None:
                 print("   ", {k: v for k, v in row["routing"].items() if "class" not in k})
 
 
+def main() -> None:
+    """Train or measure, as the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "measure"))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.what == "measure":
+        show(measure(given.out, given.size, given.seeds, given.data))
+        return
+    for seed in given.seeds:
+        train(given.out, given.size, seed, given.data)
+
+
 if __name__ == "__main__":
-    what, where, how, *rest = sys.argv[1:]
-    numbers = [int(n) for n in rest] or [0]
-    Path(where).mkdir(parents=True, exist_ok=True)
-    if what == "train":
-        for number in numbers:
-            train(Path(where), how, number)
-    else:
-        show(measure(Path(where), how, numbers))
+    main()

@@ -236,7 +236,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder.", show_default="runs/NAME-TIME")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out.")]
 Data = Annotated[str | None, typer.Option("--data", help="folder:PATH, zip:, npz:, parquet:, hf:, embedded.")]
-Model = Annotated[str, typer.Argument(help="timm name, NAME@WEIGHTS.safetensors, saved folder, .onnx or .xml.")]
+Model = Annotated[str, typer.Argument(help="timm name, NAME@WEIGHTS.safetensors, saved or exported folder, graph.")]
 Recipe = Annotated[Path, typer.Argument(help="Recipe file (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe values to change.")]
 Batches = Annotated[str, typer.Option("--batch", help="Batch sizes.")]

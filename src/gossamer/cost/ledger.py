@@ -119,7 +119,8 @@ class Cost:
         weight_bytes: Bytes of the stored weights.
         activation_bytes: Bytes of all layer outputs, for the batch.
         peak_activation_bytes: Largest input plus output of a layer, for the batch.
-        saved_activation_bytes: Bytes kept for the backward pass, for the batch; ``None`` if not asked for.
+        saved_activation_bytes: Bytes kept for the backward pass, for the batch; ``None`` if not asked for, or if the
+            model routes its images (it is not trained in that form, and one image may be too few for its norms).
         saved_by_operator: The same by operator, largest first.
         input_shape: Shape of the example, batch first.
         per_layer: Modules with any cost, in model order.
@@ -380,6 +381,7 @@ def cost(
     with _explained(model, inputs), evaluating(model), every_branch(model) as shares:
         found = trace(model, inputs)
     kept: list[SavedTensor] = []
+    saved = saved and not shares
     if saved:
         with _explained(model, inputs, " in training; pass a larger batch, or saved=False to leave it out"):
             kept = [s for s in saved_tensors(model, inputs, autocast) if not s.weight_copy]
