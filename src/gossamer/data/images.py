@@ -21,6 +21,7 @@ __all__ = [
     "BrokenImage",
     "Failure",
     "ImageSource",
+    "Remembered",
     "Picked",
     "Sample",
     "Subset",
@@ -168,6 +169,33 @@ class ImageSource:
                 f"{self.what}: {len(self.failed)} of {len(self)} images cannot be read ({shown}: {self.failed[0][1]}); "
                 f"at most {max_share:.0%} may fail. Repair or remove them"
             )
+
+
+class Remembered:
+    """Keeps decoded pictures in memory, for a source whose pictures are drawn from again and again.
+
+    Args:
+        read: Index to decoded picture.
+        limit: Bytes of pixels kept; what is met later is decoded every time. Each worker process keeps its own.
+    """
+
+    def __init__(self, read: Callable[[int], Image.Image], limit: int = 2**29) -> None:
+        self.read, self.limit = read, limit
+        self._kept: dict[int, Image.Image] = {}
+        self._bytes = 0
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_kept": {}, "_bytes": 0}
+
+    def __call__(self, index: int) -> Image.Image:
+        if index in self._kept:
+            return self._kept[index]
+        image = self.read(index)
+        size = image.width * image.height * len(image.getbands())
+        if self._bytes + size <= self.limit:
+            self._kept[index] = image
+            self._bytes += size
+        return image
 
 
 class Subset(ImageSource):

@@ -203,8 +203,8 @@ def _why_not(row: Measured, dense: Measured, best: str) -> str:
     """Return the likely reason why a row gains nothing over the best dense precision."""
     if row.int8:
         return (
-            f"int8 kernels gain nothing over {best} here; quantizing and dequantizing around "
-            "softmax, LayerNorm and GELU costs more than the products save"
+            f"int8 kernels gain nothing over {best} here; rounding, and what stays in float between the products, "
+            "costs more than they save"
         )
     if row.cost.macs == dense.cost.macs:
         return "it is the dense graph with other weights"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,18 +11,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from gossamer.core.errors import DataError, RecipeError
 from gossamer.core.schedule import Batch, Terms
-from gossamer.data.images import BrokenImage, ImageSource
+from gossamer.data.images import BrokenImage, ImageSource, Remembered
 from gossamer.data.patches import PatchPair, degrade, to_pixels, to_tensor
 from gossamer.data.resize import crop_to_multiple, imresize
 from gossamer.data.sources import open_data
 from gossamer.models.preprocessing import Preprocessing, preprocessing
 from gossamer.recipe import DataSettings
 from gossamer.tasks.image_quality import cut_border, luma, psnr, ssim
-from gossamer.tasks.task import HasModel, Metric, Predict, in_evaluation, picture_uri
+from gossamer.tasks.task import HasModel, Metric, Predict, in_evaluation
 from gossamer.tasks.tiling import enlarge
 
 __all__ = ["SCALES", "Restored", "SuperResolution", "scale_of"]
@@ -115,8 +118,12 @@ class SuperResolution:
 
     # -- data --------------------------------------------------------------------------------------
     def open(self, spec: str) -> ImageSource:
-        """Return photographs: any pictures below a folder or in an archive; labels play no part."""
-        return open_data(spec, labelled=False)
+        """Return photographs: any pictures below a folder or in an archive; labels play no part.
+
+        Patches are drawn from the same ones again and again: they stay decoded, up to half a gigabyte.
+        """
+        source = open_data(spec, labelled=False)
+        return ImageSource(source.names, source.labels, Remembered(source._read), source.classes, source.what)
 
     def check(self, source: ImageSource | None, model: nn.Module) -> None:
         """Take the model's scale, or check that it is the one asked for.
@@ -230,18 +237,14 @@ class SuperResolution:
             border = self.factor if self.border is None else self.border
             target = cut_border(luma(high), border)
             pictures = [
-                {
-                    "title": t,
-                    "note": f"{psnr(cut_border(luma(p), border), target):.2f} dB",
-                    "image": picture_uri(_middle(p), 2),
-                }
+                {"title": t, "note": f"{psnr(cut_border(luma(p), border), target):.2f} dB", "image": _uri(_middle(p))}
                 for t, p in versions
             ]
             groups.append(
                 {
                     "name": batch["id"][0],
                     "note": f"Enlarged {self.factor} times; the part in the middle, figures of the whole picture.",
-                    "pictures": [*pictures, {"title": "original", "image": picture_uri(_middle(high), 2)}],
+                    "pictures": [*pictures, {"title": "original", "image": _uri(_middle(high))}],
                 }
             )
             if len(groups) == _SHOWN:
@@ -253,3 +256,10 @@ def _middle(pixels: np.ndarray) -> np.ndarray:
     high, wide = (min(_CROP, n) for n in pixels.shape[:2])
     top, left = (pixels.shape[0] - high) // 2, (pixels.shape[1] - wide) // 2
     return pixels[top : top + high, left : left + wide]
+
+
+def _uri(pixels: np.ndarray) -> str:
+    """Return a picture, doubled by repeating its pixels, as a PNG data URI."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels.repeat(2, 0).repeat(2, 1)).save(stream, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
