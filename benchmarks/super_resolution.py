@@ -1,12 +1,15 @@
 """Fully quantized super-resolution against float training and LSQ on the same layers, and what int8 gains in runtimes.
 
-``python benchmarks/super_resolution.py OUT --data DATA [--size toy|short|full] [--scales 2 4] [--only TEXT] [--speed]``
+    python benchmarks/super_resolution.py OUT [--data ../shared/data] [--size short] [--scales 2 4] [--part 0/4]
+    python benchmarks/super_resolution.py OUT --speed [--side 128]
 
 Trains an EDSR in float on the photographs of ``DATA/sr_train_bsds.zip`` (random patches, MATLAB's bicubic), then from
-it every arm, one run folder each, and measures the finished models (integer layers) on ``DATA/sr_test.zip``.
-What is done is not done again, an interrupted run goes on. Runs on a GPU where there is one; ``--workers`` reads ahead.
-With ``--speed`` the graphs of the float and the quantized model are timed side by side in both runtimes (any machine;
-weights do not matter). The table is printed and written to ``OUT/super_resolution_x*.json``.
+it every arm, one run folder each, and measures the finished models (integer layers) on ``DATA/sr_test.zip``. What is
+done is not done again, an interrupted run goes on. ``--part i/n`` runs every n-th job, so that n processes share the
+work, on a GPU where there is one; a call without it prints the tables and writes ``OUT/super_resolution_x*.json``.
+``evidence`` is for minutes on a GPU with eight processes; ``toy`` shows in minutes of one core that it works, no more.
+``--speed`` times the graphs of the float and the quantized networks side by side in both runtimes (weights do not
+matter).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +32,21 @@ from gossamer.pipeline.setup import set_up
 from gossamer.recipe import Recipe
 from gossamer.tasks.task import in_evaluation
 
+MAIN = ("float", "fqsr 8", "fqsr 8, deployed with a zero", "fqsr 4", "fqsr 4, no calibration loss", "lsq 4")
+"""Arms that the evidence rests on."""
 SIZES: dict[str, dict[str, Any]] = {
-    "toy": {"model": {"depth": 2, "width": 16}, "float": 60, "steps": 30, "batch": 4, "seeds": 1, "images": 2},
-    "short": {"model": {"depth": 8, "width": 32}, "float": 6000, "steps": 2000, "batch": 16, "seeds": 3, "images": 100},
-    "full": {"model": {}, "float": 20000, "steps": 5000, "batch": 16, "seeds": 3, "images": 100},
+    "toy": {"model": {"depth": 2, "width": 16}, "float": 60, "steps": 30, "batch": 4, "patch": 24, "images": 2},
+    "evidence": {"model": {"depth": 8, "width": 32}, "float": 4000, "steps": 1500, "arms": MAIN},
+    "short": {"model": {"depth": 8, "width": 32}, "float": 6000, "steps": 2000},
+    "full": {"float": 20000, "steps": 5000},
 }
+COMMON = {"model": {}, "batch": 16, "patch": 48, "images": 100}
 SETS = {2: ("Set5", "Set14", "BSD100"), 4: ("Set5", "Set14", "BSD100", "Urban100")}
 LSQ = {"grid": "midtread", "start": "lsq", "grad_scale": True, "alpha": 0.0}
 """LSQ (arXiv 1902.08153) on the same layers, with its own start and its gradient scale."""
-ONCE = ("float", "naive 4")
+SEEDS = 3
+ONCE = ("naive",)
+"""Arms that need no second seed."""
 
 
 def _bits(w: int, a: int, o: int) -> dict[str, int]:
@@ -64,7 +74,7 @@ def recipe(model: Any, data: Path, size: dict[str, Any], **rest: Any) -> Recipe:
     settings = {"batch_size": size["batch"], "optimizer": "adam", "weight_decay": 0.0, "min_lr_ratio": 0.0,
                 "checkpoint_every": 500}  # fmt: skip
     return Recipe(
-        model=model, task={"super_resolution": {"patch": 48 if size["batch"] > 4 else 24}},
+        model=model, task={"super_resolution": {"patch": size["patch"]}},
         data={"train": f"zip:{data / 'sr_train_bsds.zip'}", "workers": size["workers"]},
         methods=rest.get("methods", []), train={**settings, "steps": rest["steps"], "lr": rest["lr"]},
         seed=rest.get("seed", 0),
@@ -98,7 +108,7 @@ def one(out: Path, data: Path, size: dict[str, Any], scale: int, arm: str, seed:
     done = folder / "result.json"
     if not done.is_file():
         options = arms()[arm]
-        methods = [] if options is None else [{"fqsr": options}]
+        methods = [] if options is None else [{"fqsr": {"relative": True, **options}}]
         dense = str(out / f"x{scale}" / "model")
         run = recipe(dense, data, size, methods=methods, steps=size["steps"], lr=1e-4, seed=seed)
         model, ready = trained(run, folder)
@@ -122,19 +132,31 @@ def float_model(out: Path, data: Path, size: dict[str, Any], scale: int) -> None
         save(model.cpu(), folder)
 
 
-def accuracy(out: Path, data: Path, size: dict[str, Any], scale: int, only: str) -> None:
-    """Run everything for one scale and print mean and deviation over the seeds."""
-    float_model(out, data, size, scale)
-    print(f"x{scale} before", (out / f"x{scale}" / "float.json").read_text(), flush=True)
+def jobs(size: dict[str, Any], only: str) -> list[tuple[str, int]]:
+    """Return the (arm, seed) to run."""
+    chosen = [a for a in size.get("arms") or arms() if only in a]
+    return [(a, seed) for seed in range(size["seeds"]) for a in chosen if not seed or not a.startswith(ONCE)]
+
+
+def accuracy(out: Path, data: Path, size: dict[str, Any], scale: int, given: argparse.Namespace) -> None:
+    """Run this process's part for one scale; without parts, print mean and deviation over the seeds."""
+    part, parts = (int(n) for n in (given.part or "0/1").split("/"))
+    if part == scale % parts:
+        float_model(out, data, size, scale)
+    while not (out / f"x{scale}" / "model" / "model.json").is_file():
+        time.sleep(2)  # another process trains it
     table: dict[str, list[dict[str, Any]]] = {}
-    for arm in arms():
-        if only in arm:
-            seeds = range(1 if arm in ONCE else size["seeds"])
-            table[arm] = [one(out, data, size, scale, arm, seed) for seed in seeds]
-            rows = {k: [r[k] for r in table[arm]] for k in table[arm][0]}
-            shown = {k: (round(statistics.mean(v), 3), round(statistics.pstdev(v), 3)) for k, v in rows.items()}
-            print(f"x{scale} {arm:30}", shown, flush=True)
-            (out / f"super_resolution_x{scale}.json").write_text(json.dumps(table, indent=1))
+    for k, (arm, seed) in enumerate(jobs(size, given.only)):
+        if k % parts == part:
+            table.setdefault(arm, []).append(one(out, data, size, scale, arm, seed))
+    if given.part:
+        return
+    print(f"x{scale} before", (out / f"x{scale}" / "float.json").read_text(), flush=True)
+    for arm, rows in table.items():
+        columns = {k: [r[k] for r in rows] for k in rows[0]}
+        shown = {k: (round(statistics.mean(v), 3), round(statistics.pstdev(v), 3)) for k, v in columns.items()}
+        print(f"x{scale} {arm:30} {len(rows)} seeds", shown, flush=True)
+    (out / f"super_resolution_x{scale}.json").write_text(json.dumps(table, indent=1))
 
 
 def speed(out: Path, size: dict[str, Any], scale: int, side: int) -> None:
@@ -169,23 +191,25 @@ def _calibrated(name: str, options: dict[str, Any], choice: dict[str, Any], side
 
 def main() -> None:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--size", choices=SIZES, default="short")
     parser.add_argument("--scales", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--only", default="", help="arms whose name holds this")
+    parser.add_argument("--part", default="", help="i/n")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--side", type=int, default=128, help="low-resolution side of the timed graphs")
     parser.add_argument("--workers", type=int, default=0)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    size = {**SIZES[given.size], "workers": given.workers}
+    size = {**COMMON, **SIZES[given.size], "workers": given.workers, "seeds": given.seeds}
     for scale in given.scales:
         if given.speed:
             speed(given.out, size, scale, given.side)
         else:
-            accuracy(given.out, given.data, size, scale, given.only)
+            accuracy(given.out, given.data, size, scale, given)
 
 
 if __name__ == "__main__":

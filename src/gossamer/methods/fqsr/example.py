@@ -23,10 +23,10 @@ def tiny_edsr(**options: object) -> nn.Module:
         return load_model("edsr_baseline_x2", **{"depth": 1, "width": 4, "img_size": SIDE, **options})
 
 
-def pairs(step: Step, count: int = 2) -> Batch:
+def pairs(step: Step, count: int = 2, side: int = SIDE) -> Batch:
     """Return a batch of random images [B, 3, 8, 8] in [0, 1] and targets of twice the size; a loader."""
     draw = step.generator("example.pairs", per_rank=True)
-    target = torch.rand(count, 3, 2 * SIDE, 2 * SIDE, generator=draw)
+    target = torch.rand(count, 3, 2 * side, 2 * side, generator=draw)
     image = nn.functional.avg_pool2d(target, 2)
     return {"image": image, "target": target, "id": [f"{step.phase}-{step.index}-{n}" for n in range(count)]}
 

@@ -43,6 +43,7 @@ class Interval(nn.Module):
     """
 
     calls: Tensor
+    unit: Tensor
 
     def __init__(  # noqa: PLR0913 - the switches of the paper and its baseline
         self, bits: int, half: bool, *, zero: bool = False, start: str = "max", warmup: int = 20, scaled: bool = False,
@@ -52,6 +53,7 @@ class Interval(nn.Module):
         self.bits, self.half, self.zero = bits, half, zero
         self.start, self.warmup, self.scaled, self.loss = start, warmup, scaled, loss
         self.clip = nn.Parameter(torch.ones(1))
+        self.register_buffer("unit", torch.ones(1))
         self.register_buffer("calls", torch.zeros(1))
         self.observing = start != "one"
         self.noted: list[Tensor] = []
@@ -68,7 +70,15 @@ class Interval(nn.Module):
 
     def step(self) -> Tensor:
         """Return the value [1] of one unit of the deployed grid."""
-        return self.clip.detach().abs().clamp_min(_LEAST) / self.codes
+        return (self.clip.detach() * self.unit).abs().clamp_min(_LEAST) / self.codes
+
+    @torch.no_grad()
+    def activate(self, relative: bool) -> None:
+        """Round from now on; ``relative``: c is trained in units of what it is now: small and large move alike."""
+        self.observing = False
+        if relative:
+            self.unit.copy_(self.clip)
+            self.clip.fill_(1.0)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
@@ -82,7 +92,7 @@ class Interval(nn.Module):
 
     def levels(self, x: Tensor) -> Tensor:
         """Return ``x`` on the levels."""
-        clip = self.clip.abs()
+        clip = (self.clip * self.unit).abs()
         if self.scaled:
             factor = 1 / math.sqrt(x.numel() * self.codes)
             clip = clip * factor + (clip * (1 - factor)).detach()

@@ -60,6 +60,8 @@ class FQSR(Method):
         alpha: Weight of the calibration loss; 0 is off.
         calibration_loss: ``"l1"`` (published) or ``"l2"``.
         grad_scale: Scale the intervals' gradients as LSQ does (the release: no).
+        relative: Train each interval in units of its start (the release: as it is). Adam moves every number alike, so
+            that ends of some hundred grey levels hardly learn in a short training.
         pad: Pad ``"before"`` rounding (released: the border lies on a level) or ``"after"`` (the border is 0).
         skips: Quantize ``"all"`` additions, all but the last (``"body"``, as released), or ``"none"``.
         norms: ``"fold"`` batch norms into convolutions first, or ``"keep"`` them in float (released).
@@ -82,6 +84,7 @@ class FQSR(Method):
     alpha: float = 0.3
     calibration_loss: str = "l1"
     grad_scale: bool = False
+    relative: bool = False
     pad: str = "before"
     skips: str = "all"
     norms: str = "fold"
@@ -137,7 +140,7 @@ class FQSR(Method):
             return self._wrap(model, self._placement)
         if edit["do"] == "activate":
             for interval in intervals(model):
-                interval.observing = False
+                interval.activate(self.relative)
             return model
         if edit["do"] == "regrid":
             return self._regrid(model, Placement.from_json(edit["placement"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from gossamer.core.errors import ModelError, RecipeError, StateError
 from gossamer.core.schedule import Phase, Plan, Step
 from gossamer.core.stack import Stack
 from gossamer.cost.ledger import cost
+from gossamer.export.exporting import export
 from gossamer.kits.dataflow import Dataflow
 from gossamer.methods.fqsr import FQSR
 from gossamer.methods.fqsr.example import pairs, tiny_edsr
@@ -25,6 +27,7 @@ from gossamer.models.build import load_model
 from gossamer.ops.grids import InputGrid
 from gossamer.ops.int8 import Int8Conv2d
 from gossamer.ops.sums import Add, RoundedAdd
+from gossamer.runtimes import get
 
 ROOM = resources.files("gossamer.methods.fqsr")
 FIGURES = {f["name"]: f for f in tomllib.loads(ROOM.joinpath("figures.toml").read_text(encoding="utf-8"))["figure"]}
@@ -122,6 +125,21 @@ def test_warm_up_returns_the_input_and_averages_its_magnitude() -> None:
     lsq = Interval(4, False, warmup=1, start="lsq", zero=True)
     lsq(x)
     assert float(lsq.clip.detach()) == pytest.approx(7 * 2 * float(x.abs().mean()) / 7**0.5, rel=1e-5)
+
+
+def test_intervals_may_be_trained_in_units_of_their_start() -> None:
+    x, ends = torch.linspace(-300, 300, 101), []
+    for relative in (False, True):
+        q = Interval(8, False, warmup=1)
+        q(x)
+        q.activate(relative)
+        optimiser = torch.optim.Adam([q.clip], 1e-3)
+        y = q(x)
+        y.square().sum().backward()
+        optimiser.step()
+        ends.append((float(q.step()) * q.codes, y.detach()))
+    torch.testing.assert_close(ends[0][1], ends[1][1])
+    assert ends[0][0] == pytest.approx(300 - 1e-3, abs=1e-3) and ends[1][0] == pytest.approx(300 * (1 - 1e-3), rel=1e-5)
 
 
 # -- the release's numbers ---------------------------------------------------------------------------
@@ -343,3 +361,33 @@ def test_refusals() -> None:
         Stack([FQSR()]).prepare(model)
     with pytest.raises(StateError, match="run the phase 'fqsr.start' before finish"):
         FQSR().finish(tiny_edsr())
+
+
+@pytest.mark.parametrize(("format", "runtime"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
+@pytest.mark.parametrize("act", ["relu", "prelu"])
+def test_products_and_sums_run_in_integers(format: str, runtime: str, act: str, tmp_path: Path) -> None:
+    """All but the declared islands: the first convolution reads the picture, the last returns it (float in one)."""
+    model, stack = _ready(tiny_edsr(depth=2, width=16, act=act, img_size=16), FQSR(warmup=2, deployment="midtread"))
+    model = stack.finish(model).eval()
+    x = pairs(Step("x", "x", 0, 1), 1, 16)["image"]
+    artefact = export(model, tmp_path, format=format, batch=1, example=x)
+    session = get(runtime).load(artefact.graph, precision="f32", profile=True)
+    session.run(x.numpy())
+    ops = session.profile()
+    products = [op for op in ops if op.product]
+    floating = [op for op in products if op.precision != "i8"]
+    assert len(products) == 8 and len(floating) <= (2 if runtime == "onnxruntime" else 1)
+    if runtime == "onnxruntime":
+        assert sum(op.type == "QLinearAdd" for op in ops) == 3
+        assert not any(op.type == "PRelu" for op in ops)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_the_exact_form_exports(runtime: str, tmp_path: Path) -> None:
+    format = {"onnxruntime": "onnx", "openvino": "openvino"}[runtime]
+    for bits in (4, 8):
+        method = FQSR(weight_bits=bits, input_bits=bits, output_bits=bits, warmup=2)
+        model, stack = _ready(tiny_edsr(width=8), method)
+        x = pairs(Step("x", "x", 0, 1), 1)["image"]
+        artefact = export(stack.finish(model).eval(), tmp_path / str(bits), format=format, batch=1, example=x)
+        assert artefact.parity["relative"] <= artefact.parity["tolerance"]
