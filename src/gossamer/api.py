@@ -169,9 +169,9 @@ def load(path: str | Path) -> nn.Module:
 
 def evaluate(
     model: nn.Module | str, data: Any, runtime: str = "torch", *, limit: int | None = None, batch: int = 8,
-    precision: str | None = None, threads: int = 2,
+    precision: str | None = None, threads: int = 2, task: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return accuracy of a model, or of an .onnx/.xml file, on images, in torch or in a runtime.
+    """Return the figures of a model, or of an .onnx/.xml file, on images, in torch or in a runtime.
 
     Args:
         model: A module, MODEL spec or graph file.
@@ -181,9 +181,10 @@ def evaluate(
         batch: Images at a time.
         precision: ``f32`` or ``bf16``; default: the runtime's f32.
         threads: Threads.
+        task: ``{name: options}`` where not as the model says, such as ``{"image_translation": {"extractor": ...}}``.
     """
     return _import("pipeline.evaluating").evaluate(
-        model, data, runtime, limit=limit, batch=batch, precision=precision, threads=threads
+        model, data, runtime, limit=limit, batch=batch, precision=precision, threads=threads, asked=task
     )
 
 

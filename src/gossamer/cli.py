@@ -120,10 +120,10 @@ def pairs(text: str, where: str) -> dict[str, Any]:
     return found
 
 
-def method_option(text: str) -> dict[str, dict[str, Any]]:
+def method_option(text: str, where: str = "--method") -> dict[str, dict[str, Any]]:
     """Return ``NAME[:k=v,...]`` as ``{name: options}``."""
     name, _, options = text.partition(":")
-    return {name.strip(): pairs(options, "--method")}
+    return {name.strip(): pairs(options, where)}
 
 
 def shape(text: str, where: str = "--input") -> tuple[int, ...]:
@@ -414,14 +414,18 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N images only.")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")] = 8,
     precision: Annotated[str | None, typer.Option("--precision", help="f32 or bf16.")] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="NAME[:k=v,...], where not as the model says.", show_default="its own")
+    ] = None,
     threads: Threads = 2,
     json_: Json = False,
 ) -> None:
-    """Measure accuracy in torch or in a runtime."""
+    """Measure a model by its task's figures, in torch or in a runtime."""
     from gossamer import api
 
     found = api.evaluate(
-        model, data, runtime, limit=limit, batch=batch, precision=precision, threads=threads
+        model, data, runtime, limit=limit, batch=batch, precision=precision, threads=threads,
+        task=None if task is None else method_option(task, "--task"),
     )  # fmt: skip
     _json(found) if json_ else _facts(found)
 

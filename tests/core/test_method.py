@@ -20,9 +20,9 @@ HOOKS = {
 }  # fmt: skip
 FIELDS = {"stage", "touches", "needs", "gives", "wraps", "extra"}
 PUBLIC = {
-    "Batch", "GossamerError", "Method", "Phase", "Plan", "Recipe", "Stack", "Step", "Turn", "__version__", "bench",
-    "compress", "cost", "doctor", "evaluate", "export", "load", "methods", "plan", "quickstart", "report", "run",
-    "save",
+    "Batch", "GossamerError", "Method", "Phase", "Plan", "Recipe", "Runner", "Stack", "Step", "Turn", "__version__",
+    "bench", "compress", "cost", "doctor", "evaluate", "export", "load", "methods", "plan", "quickstart", "report",
+    "run", "save", "upscale",
 }  # fmt: skip
 CORE_LINES = 805
 """A new hook needs three methods that cannot be written without it; raise this number with a reason.

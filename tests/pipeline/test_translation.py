@@ -56,6 +56,8 @@ def test_a_finished_generator_is_evaluated_in_torch_and_in_a_runtime(done: RunRe
     assert (loose["generated"], loose["real"]) == (4, 3) and "l1" not in loose
     with pytest.raises(DataError, match="names no pairs"):
         gs.evaluate(str(folder), "embedded:eval")
+    with pytest.raises(RecipeError, match="inception@pt_inception-2015-12-05.safetensors"):
+        gs.evaluate(str(folder), data, task={"image_translation": {"extractor": "inception"}})
 
 
 def test_domains_of_different_sizes() -> None:

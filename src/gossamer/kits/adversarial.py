@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +28,9 @@ __all__ = [
     "Game",
     "ImagePool",
     "JudgeOptions",
+    "Notes",
     "PairedGame",
     "adam",
-    "batch_key",
     "drawn_with",
     "frozen",
     "picture_channels",
@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 MARGIN_DECAY = 0.9
+T = TypeVar("T")
 
 
 @contextmanager
@@ -102,6 +103,30 @@ def way_back(model: nn.Module, who: str) -> nn.Module:
         f"{who}: {type(model).__name__} cannot be built the other way round; expected a generator of "
         f"gossamer.models.generators, or the option partner: a generator from the second domain to the first"
     )
+
+
+class Notes(Generic[T]):
+    """What one turn of a step leaves for a later turn of the same step, by (micro) batch; batches need ids."""
+
+    def __init__(self) -> None:
+        self._step: tuple[Any, ...] = ()
+        self._kept: dict[tuple[str, ...], T] = {}
+
+    def _of(self, step: Step) -> dict[tuple[str, ...], T]:
+        now = step.seed, step.rank, step.phase, step.index
+        if self._step != now:
+            self._step, self._kept = now, {}
+        return self._kept
+
+    def keep(self, batch: Batch, step: Step, note: T) -> None:
+        """Leave a note for a batch."""
+        kept = self._of(step)
+        if batch.get("id"):
+            kept[tuple(batch["id"])] = note
+
+    def find(self, batch: Batch, step: Step) -> T | None:
+        """Return the note of a batch of this step, or ``None``."""
+        return self._of(step).get(tuple(batch.get("id") or ()))
 
 
 class ImagePool(nn.Module):
@@ -190,7 +215,7 @@ class Game(nn.Module):
         super().__init__()
         self.judge, self.options = judge, options
         self.register_buffer("margin", torch.zeros(()))
-        self._made: tuple[Any, dict[str, Tensor]] = (None, {})
+        self._made: Notes[dict[str, Tensor]] = Notes()
 
     def view(self, image: Tensor, picture: Tensor) -> Tensor:
         """Return what the judge sees of a picture made from ``image``."""
@@ -231,18 +256,11 @@ class Game(nn.Module):
 
     # what the player made in its own move need not be made again in the judge's
     def _note(self, batch: Batch, step: Step, **made: Tensor) -> None:
-        self._made = (batch_key(batch, step), {k: v.detach() for k, v in made.items()})
+        self._made.keep(batch, step, {k: v.detach() for k, v in made.items()})
 
     def noted(self, name: str, batch: Batch, step: Step) -> Tensor | None:
         """Return pictures that the player made of this batch in this step, or ``None``."""
-        key, made = self._made
-        return made.get(name) if key is not None and key == batch_key(batch, step) else None
-
-
-def batch_key(batch: Batch, step: Step) -> tuple[Any, ...] | None:
-    """Return what tells a (micro) batch of a step from every other, over its turns; ``None`` if it has no ids."""
-    names = batch.get("id")
-    return None if not names else (step.seed, step.rank, step.phase, step.index, *names)
+        return (self._made.find(batch, step) or {}).get(name)
 
 
 class PairedGame(Game):

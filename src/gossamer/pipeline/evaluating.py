@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ __all__ = ["evaluate"]
 
 def evaluate(
     model: nn.Module | str, data: Any, runtime: str, *, limit: int | None, batch: int, precision: str | None,
-    threads: int,
+    threads: int, asked: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """See ``gossamer.api.evaluate``."""
     engine = get(runtime)
     loaded, pre = resolve(model)
-    task = task_for(pre)
+    task = task_for(pre, asked)
     images = task.open(data) if isinstance(data, str) else from_dataset(data)
     if limit is not None:
         images = take(images, range(min(limit, len(images))))

@@ -6,8 +6,6 @@ second domain, in features of a stated network (``tasks.features``).
 
 from __future__ import annotations
 
-import base64
-import io
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from gossamer.core.errors import DataError, ModelError, RecipeError, nearest
@@ -34,7 +31,7 @@ from gossamer.tasks.features import (
     diversity,
     load_extractor,
 )
-from gossamer.tasks.task import HasModel, Metric, Predict, in_evaluation
+from gossamer.tasks.task import HasModel, Metric, Predict, in_evaluation, picture_uri
 
 __all__ = ["ImageTranslation", "Translation", "to_unit"]
 
@@ -241,7 +238,7 @@ class ImageTranslation:
             shown += [(title, to_unit(predict(batch["image"]))[0]) for title, predict in models]
             if self._pairs:
                 shown.append(("real", to_unit(batch["target"])[0]))
-            pictures = [{"title": title, "image": _uri(pixels)} for title, pixels in shown]
+            pictures = [{"title": title, "image": _shown(pixels)} for title, pixels in shown]
             groups.append({"name": batch["id"][0], "note": "", "pictures": pictures})
             if len(groups) == SHOWN:
                 break
@@ -259,10 +256,7 @@ def _fresh(name: str, seen: tuple[set[str], set[str]]) -> tuple[bool, bool]:
     return new
 
 
-def _uri(pixels: Tensor) -> str:
-    """Return a picture [C, H, W] in [0, 1] as a PNG data URI; small ones are enlarged by repeating pixels."""
-    repeat = max(1, round(LEAST / max(pixels.shape[-2:])))
-    values = (255 * pixels).round().byte().permute(1, 2, 0).numpy().repeat(repeat, 0).repeat(repeat, 1)
-    stream = io.BytesIO()
-    Image.fromarray(values.squeeze(-1) if values.shape[2] == 1 else values).save(stream, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+def _shown(pixels: Tensor) -> str:
+    """Return a picture [C, H, W] in [0, 1] as a data URI; small ones are enlarged."""
+    values = (255 * pixels).round().byte().permute(1, 2, 0).numpy()
+    return picture_uri(values, max(1, round(LEAST / max(values.shape[:2]))))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +9,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from gossamer.core.errors import DataError, RecipeError
@@ -23,7 +20,7 @@ from gossamer.data.sources import open_data
 from gossamer.models.preprocessing import Preprocessing, preprocessing
 from gossamer.recipe import DataSettings
 from gossamer.tasks.image_quality import cut_border, luma, psnr, ssim
-from gossamer.tasks.task import HasModel, Metric, Predict, in_evaluation
+from gossamer.tasks.task import HasModel, Metric, Predict, in_evaluation, picture_uri
 from gossamer.tasks.tiling import enlarge
 
 __all__ = ["SCALES", "Restored", "SuperResolution", "scale_of"]
@@ -237,14 +234,18 @@ class SuperResolution:
             border = self.factor if self.border is None else self.border
             target = cut_border(luma(high), border)
             pictures = [
-                {"title": t, "note": f"{psnr(cut_border(luma(p), border), target):.2f} dB", "image": _uri(_middle(p))}
+                {
+                    "title": t,
+                    "note": f"{psnr(cut_border(luma(p), border), target):.2f} dB",
+                    "image": picture_uri(_middle(p), 2),
+                }
                 for t, p in versions
             ]
             groups.append(
                 {
                     "name": batch["id"][0],
                     "note": f"Enlarged {self.factor} times; the part in the middle, figures of the whole picture.",
-                    "pictures": [*pictures, {"title": "original", "image": _uri(_middle(high))}],
+                    "pictures": [*pictures, {"title": "original", "image": picture_uri(_middle(high), 2)}],
                 }
             )
             if len(groups) == _SHOWN:
@@ -256,10 +257,3 @@ def _middle(pixels: np.ndarray) -> np.ndarray:
     high, wide = (min(_CROP, n) for n in pixels.shape[:2])
     top, left = (pixels.shape[0] - high) // 2, (pixels.shape[1] - wide) // 2
     return pixels[top : top + high, left : left + wide]
-
-
-def _uri(pixels: np.ndarray) -> str:
-    """Return a picture, doubled by repeating its pixels, as a PNG data URI."""
-    stream = io.BytesIO()
-    Image.fromarray(pixels.repeat(2, 0).repeat(2, 1)).save(stream, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -6,12 +6,15 @@ pipeline, the report and the command line know this interface only; none of them
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from gossamer.core.schedule import Batch, Terms
@@ -20,7 +23,7 @@ from gossamer.data.transforms import Transform
 from gossamer.models.preprocessing import Preprocessing
 from gossamer.recipe import DataSettings
 
-__all__ = ["Evaluation", "HasModel", "Metric", "Predict", "Task", "in_evaluation", "predict_with"]
+__all__ = ["Evaluation", "HasModel", "Metric", "Predict", "Task", "in_evaluation", "picture_uri", "predict_with"]
 
 
 @dataclass(frozen=True)
@@ -191,3 +194,11 @@ def in_evaluation(model: nn.Module, read: Callable[[Any], Tensor] = lambda out: 
                 module.training = flag
 
     return _Predict(call, None)
+
+
+def picture_uri(pixels: np.ndarray, repeat: int = 1) -> str:
+    """Return a picture, uint8 [H, W, 1 or 3], each pixel repeated along both sides, as a PNG data URI."""
+    large = pixels.repeat(repeat, 0).repeat(repeat, 1)
+    stream = io.BytesIO()
+    Image.fromarray(large[..., 0] if large.shape[2] == 1 else large).save(stream, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

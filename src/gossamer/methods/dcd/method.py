@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gossamer.core.errors import ModelError, PlanError, RecipeError
 from gossamer.core.method import Edit, Method
 from gossamer.core.schedule import Batch, Loader, Phase, Plan, Step, Terms, Turn, Window
-from gossamer.kits.adversarial import Game, JudgeOptions, adam, batch_key, drawn_with, frozen, picture_channels
+from gossamer.kits.adversarial import Game, JudgeOptions, Notes, adam, drawn_with, frozen, picture_channels
 from gossamer.kits.perceptual import PerceptualNetwork, load_perceptual
 from gossamer.kits.teacher import SELF, FeatureTap
 from gossamer.methods.dcd import maths
@@ -136,7 +136,7 @@ class DCD(Method):
     _facts: Edit = field(default_factory=dict, init=False, repr=False, compare=False)
     _active: str = field(default="", init=False, repr=False, compare=False)
     _tap: FeatureTap | None = field(default=None, init=False, repr=False, compare=False)
-    _noted: tuple[Any, Tensor, list[Tensor]] | None = field(default=None, init=False, repr=False, compare=False)
+    _notes: Notes[tuple[Tensor, list[Tensor]]] = field(default_factory=Notes, init=False, repr=False, compare=False)
 
     # -- who is who ------------------------------------------------------------------------------
     def bind(self, dense: nn.Module) -> None:
@@ -344,7 +344,7 @@ class DCD(Method):
         with FeatureTap(teacher, [t.teacher for t in self._taps], training_only=False) as tap:
             out = teacher(batch["image"])
             features = [f.detach() for f in tap.read().values()]
-        self._noted = (batch_key(batch, step), out.detach(), features)
+        self._notes.keep(batch, step, (out.detach(), features))
         return self.game.generator_terms(teacher, batch, out, step)
 
     def _judge_turn(self, model: nn.Module, batch: Batch, step: Step) -> Terms:
@@ -381,9 +381,9 @@ class DCD(Method):
     # -- the student's move --------------------------------------------------------------------------
     def _taught(self, batch: Batch, step: Step) -> tuple[Tensor, list[Tensor]]:
         """Return the teacher's pictures and features of a batch, detached."""
-        key = batch_key(batch, step)
-        if key is not None and self._noted is not None and self._noted[0] == key:
-            return self._noted[1:]
+        known = self._notes.find(batch, step)
+        if known is not None:
+            return known
         own = self._build()
         guide = own["best"].teacher if "best" in own else own["teacher"]
         with torch.no_grad(), FeatureTap(guide, [t.teacher for t in self._taps], training_only=False) as tap:  # type: ignore[arg-type]
