@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import gossamer as gs
+from gossamer.cost.ledger import cost
 from gossamer.kernels import cpu
 from gossamer.methods.addernet.layers import convert_to_adder, quantize_adder
 from gossamer.methods.addernet.method import measure_grids
@@ -47,14 +47,15 @@ SETS = {"ResNet-20, batch 16": (16, RESNET20), "ResNet-18, batch 1": (1, RESNET1
 LIMITS = {"fp32": (1.5, 64), "int8": (1.0, 64)}
 """Cycles for one 512-bit register of differences, and its bytes."""
 ROUND_S = 0.02
+clock: Callable[[], float] = time.perf_counter
 
 
 def timed(call: Callable[[], Any], repeats: int) -> float:
     """Return seconds of one call."""
-    started = time.perf_counter()
+    started = clock()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - started) / repeats
+    return (clock() - started) / repeats
 
 
 def medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -71,7 +72,7 @@ def medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
 
 
 @torch.no_grad()
-def shape_row(batch: int, sizes: tuple[int, int, int, int, int], rounds: int, clock: float, threads: int) -> dict:
+def shape_row(batch: int, sizes: tuple[int, int, int, int, int], rounds: int, hertz: float, threads: int) -> dict:
     """Time one shape in all ways."""
     channels, filters, side, kernel, stride = sizes
     padding = kernel // 2
@@ -98,10 +99,10 @@ def shape_row(batch: int, sizes: tuple[int, int, int, int, int], rounds: int, cl
     row |= {"adder / conv speed": conv / found["fp32"], "int8 / conv speed": conv / found["int8"]}
     row |= {"adder / cdist speed": found["cdist"] / found["fp32"]}
     for name, width in (("fp32", 16), ("int8", 64)):
-        cycles = found[name] * clock * threads / (pairs / width)
+        cycles = found[name] * hertz * threads / (pairs / width)
         row |= {f"{name} cycles a register": cycles, f"{name} of the limit": LIMITS[name][0] / cycles}
     held = 4 * (x.numel() + weight.numel() + out.numel())
-    row |= {"bytes a cycle": held / (found["fp32"] * clock)}
+    row |= {"bytes a cycle": held / (found["fp32"] * hertz)}
     return {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
 
 
@@ -140,7 +141,7 @@ def network_rows(name: str, batch: int, side: int, rounds: int) -> list[dict]:
     times = medians({k: lambda m=m: m(images) for k, m in models.items()}, rounds)
     rows = []
     for kind, model in models.items():
-        found = gs.cost(model, images[:1], saved=False)
+        found = cost(model, images[:1], saved=False)
         row = {"network": name, "batch": batch, "layers": kind, "ms": round(1e3 * times[kind], 2)}
         row |= {"speed": round(times["products"] / times[kind], 2), "multiplications": found.macs}
         rows.append(row | {"additions": found.additions, "energy uJ": round(found.energy_pj * 1e-6, 1)})
@@ -149,12 +150,14 @@ def network_rows(name: str, batch: int, side: int, rounds: int) -> list[dict]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Return all tables."""
+    global clock
+    clock = time.process_time if options.busy else time.perf_counter
     torch.set_num_threads(options.threads)
-    clock = cpu.clock_hz()
-    found: dict[str, Any] = {"device": device_key(), "threads": options.threads, "GHz": round(clock / 1e9, 2)}
-    found["kernels"] = cpu.describe()
+    hertz = cpu.clock_hz()
+    found: dict[str, Any] = {"device": device_key(), "threads": options.threads, "GHz": round(hertz / 1e9, 2)}
+    found |= {"kernels": cpu.describe(), "clock": "processor time, beside other load" if options.busy else "wall"}
     for name, (batch, shapes) in SETS.items():
-        found[name] = [shape_row(batch, s, options.rounds, clock, options.threads) for s in shapes]
+        found[name] = [shape_row(batch, s, options.rounds, hertz, options.threads) for s in shapes]
     found["gradients, batch 16"] = [gradient_row(16, s, options.rounds) for s in RESNET20]
     found["networks"] = network_rows("resnet20_cifar", 16, 32, options.rounds)
     found["networks"] += network_rows("resnet18", 1, 224, options.rounds)
@@ -164,7 +167,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def page(found: dict[str, Any]) -> str:
     """Return the tables as a page."""
     lines = ["# Adder convolutions on a CPU", "", *str(__doc__).strip().splitlines()[5:], ""]
-    lines += [f"{found['device']}, {found['threads']} thread(s), {found['GHz']} GHz, kernels: {found['kernels']}.", ""]
+    lines += [f"{found['device']}, {found['threads']} thread(s), {found['GHz']} GHz, kernels: {found['kernels']}, "]
+    lines[-1] += f"times: {found['clock']}."
+    lines.append("")
     for title, rows in found.items():
         if isinstance(rows, list):
             lines += [f"## {title}", "", "| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
@@ -178,7 +183,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
-    parser.add_argument("--page", action="store_true")
+    parser.add_argument("--busy", action="store_true", help="processor time: one thread on a machine with other load")
+    parser.add_argument("--page", action="store_true", help="only write the page of the results in --out")
     options = parser.parse_args()
     if not options.page:
         options.out.write_text(json.dumps(measure(options), indent=1) + "\n")

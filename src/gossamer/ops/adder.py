@@ -237,12 +237,19 @@ def plain_codes(
     return shape.empty_output(x).copy_(shift - gain * sums)
 
 
-@torch.library.custom_op("gossamer::adder_conv2d_codes", mutates_args=())
-def _adder_conv2d_codes(
+# defined without ``custom_op``, whose layers for autograd cost more than a small product
+_LIBRARY = torch.library.Library("gossamer", "FRAGMENT")
+_LIBRARY.define(
+    "adder_conv2d_codes(Tensor x, Tensor codes, int[] stride, int[] padding, float step, int zero, Tensor gain, "
+    "Tensor shift) -> Tensor"
+)
+
+
+def _adder_conv2d_codes(  # noqa: PLR0913 - the operator's own arguments
     x: Tensor,
     codes: Tensor,
-    stride: list[int],
-    padding: list[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
     step: float,
     zero: int,
     gain: Tensor,
@@ -253,18 +260,12 @@ def _adder_conv2d_codes(
     return run(x, codes, shape, step, zero, (gain, shift))
 
 
-@_adder_conv2d_codes.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    stride: list[int],
-    padding: list[int],
-    step: float,
-    zero: int,
-    gain: Tensor,
-    shift: Tensor,
-) -> Tensor:
+def _no_codes(x: Tensor, codes: Tensor, stride: Sequence[int], padding: Sequence[int], *_: Any) -> Tensor:
     return _check(x, codes, stride, padding).empty_output(x)
+
+
+_LIBRARY.impl("adder_conv2d_codes", _adder_conv2d_codes, "CompositeExplicitAutograd")
+torch.library.register_fake("gossamer::adder_conv2d_codes", _no_codes, lib=_LIBRARY)
 
 
 def _pairs(x: Sequence[int], weight: Sequence[int], stride: Sequence[int], padding: Sequence[int], *_: Any) -> int:
@@ -386,4 +387,4 @@ def adder_conv2d_codes(  # noqa: PLR0913 - as the convolution, and the grid
         x = dequantize(quantize(x, scale, point, 0, torch.uint8), scale, point, 0)
         sums = _standard_operators(x, (codes.to(x.dtype) - zero) * step, _check(x, codes, stride, padding))
         return shift.view(1, -1, 1, 1) + (gain / step).view(1, -1, 1, 1) * sums
-    return _adder_conv2d_codes(x, codes, list(stride), list(padding), step, zero, gain, shift)
+    return torch.ops.gossamer.adder_conv2d_codes(x, codes, stride, padding, step, zero, gain, shift)

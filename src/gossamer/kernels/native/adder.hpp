@@ -36,6 +36,10 @@ struct Grid {
   const float *gain, *shift;
 };
 
+struct Span {
+  int64_t begin, end;
+};
+
 struct AdderTable {
   int64_t width, bytes;  // floats and 8-byte groups in one register
   // Units: rows of the laid-out tensor, border included.
@@ -43,12 +47,12 @@ struct AdderTable {
                   int64_t end, float* out);
   void (*lay_out_codes)(const float* x, Strides s, int64_t channels, int64_t height, int64_t width, Laid to, Grid grid,
                         int64_t begin, int64_t end, uint8_t* out);
-  // Units: registers of filters. out: [filters / width, taps, channels, width].
+  // Units: registers of filters. out: [end - begin, taps, channels, width].
   void (*pack_filters)(const float* w, AdderShape s, int64_t begin, int64_t end, float* out);
   // Units: registers of channels. out: [channels / width, taps, filters, width].
   void (*pack_channels)(const float* w, AdderShape s, int64_t begin, int64_t end, float* out);
-  // Units: strips of kStrip output pixels. out = -sum |w - x|^p.
-  void (*forward)(const float* x, Laid laid, const float* w, AdderShape s, float p, int64_t begin, int64_t end,
+  // Units: strips of kStrip output pixels. w: the registers of the span. out = -sum |w - x|^p.
+  void (*forward)(const float* x, Laid laid, const float* w, AdderShape s, float p, Span registers, Span strips,
                   Strides o, float* out);
   // Units: strips of kStrip input pixels of one phase (first row and column, counted with the border). grad: laid out.
   void (*input_grad)(const float* grad, Laid laid, const float* w, const float* x, Laid x_laid, AdderShape s, Rule rule,
@@ -57,9 +61,9 @@ struct AdderTable {
   // stretches; out: [filters, channels, kernel_h, kernel_w].
   void (*weight_grad)(const float* grad, int64_t stride, const float* x, Laid x_laid, const float* w, AdderShape s,
                       Rule rule, float p, int64_t begin, int64_t end, float* out);
-  // Units: strips. Codes in, floats out; filters packed [filters / bytes, taps, channels / 8, bytes, 8].
-  void (*forward_codes)(const uint8_t* x, Laid laid, const uint8_t* w, AdderShape s, Grid grid, int64_t begin,
-                        int64_t end, Strides o, float* out);
+  // Units: strips. Codes in, floats out; all filters packed [filters / bytes, taps, channels / 8, bytes, 8].
+  void (*forward_codes)(const uint8_t* x, Laid laid, const uint8_t* w, AdderShape s, Grid grid, Span registers,
+                        Span strips, Strides o, float* out);
 };
 
 constexpr int64_t kStrip = 96;

@@ -192,39 +192,64 @@ static void lay_out(const float* x, Strides s, int64_t channels, int64_t height,
   }
 }
 
-static inline uint8_t code_of(float v, Grid g) {
-  v = v / g.step;
-  v = v > -1024.0f ? v : -1024.0f;
-  v = v < 1024.0f ? v : 1024.0f;
-  v = ((v + 12582912.0f) - 12582912.0f) + g.zero;  // to the nearest integer, halves to even
-  v = v > 0.0f ? v : 0.0f;
-  v = v < 255.0f ? v : 255.0f;
-  return static_cast<uint8_t>(static_cast<int32_t>(v));
+// Codes of a register of values, clamped and to the nearest integer (halves to even), still as floats.
+static inline Floats codes_of(Floats v, Grid g) {
+  v = smaller(larger(v / g.step, splat(-1024.0f)), splat(1024.0f));
+  v = ((v + 12582912.0f) - 12582912.0f) + g.zero;
+  return smaller(larger(v, splat(0.0f)), splat(255.0f));
 }
 
-// Rounds `n` values that lie `step` apart.
-static inline void round_line(const float* from, int64_t step, int64_t n, Grid grid, uint8_t* codes) {
-  if (step == 1)
-    for (int64_t i = 0; i < n; ++i) codes[i] = code_of(from[i], grid);
-  else
-    for (int64_t i = 0; i < n; ++i) codes[i] = code_of(from[i * step], grid);
+static inline void store_codes(uint8_t* out, Floats v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32((__m512)v)));
+#elif defined(__AVX2__)
+  const __m256i wide = _mm256_cvttps_epi32((__m256)v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(words, words));
+#else
+  for (int l = 0; l < kWidth; ++l) out[l] = static_cast<uint8_t>(v[l]);
+#endif
+}
+
+static void round_line(const float* from, int64_t n, Grid grid, uint8_t* codes) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store_codes(codes + i, codes_of(load_lanes(from + i), grid));
+  if (i == n) return;
+#if defined(__AVX512F__)
+  const __mmask16 some = static_cast<__mmask16>((1u << (n - i)) - 1);
+  const Floats v = codes_of((Floats)_mm512_maskz_loadu_ps(some, from + i), grid);
+  _mm_mask_storeu_epi8(codes + i, some, _mm512_cvtepi32_epi8(_mm512_cvttps_epi32((__m512)v)));
+  return;
+#endif
+  float rest[kWidth] = {};
+  uint8_t rounded[kWidth];
+  __builtin_memcpy(rest, from + i, sizeof(float) * (n - i));
+  store_codes(rounded, codes_of(load_lanes(rest), grid));
+  __builtin_memcpy(codes + i, rounded, n - i);
 }
 
 // One row of the image, rounded: [width, channels] of `to`.
 static void lay_out_line(const float* from, Strides s, int64_t channels, int64_t width, Laid to, Grid grid,
                          uint8_t* row) {
   if (s.c == 1) {
-    for (int64_t w = 0; w < width; ++w) round_line(from + w * s.w, 1, channels, grid, row + w * to.channels);
+    for (int64_t w = 0; w < width; ++w) round_line(from + w * s.w, channels, grid, row + w * to.channels);
     return;
   }
   constexpr int64_t kChannels = 32, kColumns = 64;
   uint8_t codes[kChannels * kColumns];
+  float apart[kColumns];
   for (int64_t c = 0; c < channels; c += kChannels) {
     const int64_t rows = channels - c < kChannels ? channels - c : kChannels;
     for (int64_t w = 0; w < width; w += kColumns) {
       const int64_t cols = width - w < kColumns ? width - w : kColumns;
-      for (int64_t i = 0; i < rows; ++i)
-        round_line(from + (c + i) * s.c + w * s.w, s.w, cols, grid, codes + i * kColumns);
+      for (int64_t i = 0; i < rows; ++i) {
+        const float* line = from + (c + i) * s.c + w * s.w;
+        if (s.w == 2)  // a constant step compiles to loads and shuffles
+          for (int64_t k = 0; k < cols; ++k) apart[k] = line[k * 2];
+        else if (s.w != 1)
+          for (int64_t k = 0; k < cols; ++k) apart[k] = line[k * s.w];
+        round_line(s.w == 1 ? line : apart, cols, grid, codes + i * kColumns);
+      }
       transpose_all(codes, kColumns, rows, cols, row + w * to.channels + c, to.channels);
     }
   }
@@ -232,7 +257,9 @@ static void lay_out_line(const float* from, Strides s, int64_t channels, int64_t
 
 static void lay_out_codes(const float* x, Strides s, int64_t channels, int64_t height, int64_t width, Laid to,
                           Grid grid, int64_t begin, int64_t end, uint8_t* out) {
-  const uint8_t border = code_of(0.0f, grid);
+  uint8_t border;
+  const float nothing = 0.0f;
+  round_line(&nothing, 1, grid, &border);
   for (int64_t r = begin; r < end; ++r) {
     const int64_t h = r % to.rows - to.top;
     const bool inside = h >= 0 && h < height;
@@ -252,13 +279,13 @@ static void pack_filters(const float* w, AdderShape s, int64_t begin, int64_t en
   for (int64_t j = begin; j < end; ++j) {
     const int64_t left = s.filters - j * kWidth, rows = left < kWidth ? left : kWidth;
     __builtin_memset(turned, 0, sizeof turned);
+    float* registers = out + (j - begin) * size * kWidth;
     for (int64_t i = 0; i < size; i += kColumns) {
       const int64_t cols = size - i < kColumns ? size - i : kColumns;
       transpose_all(w + j * kWidth * size + i, size, rows, cols, turned, kWidth);
       for (int64_t k = 0; k < cols; ++k) {
         const int64_t c = (i + k) / s.taps(), t = (i + k) % s.taps();
-        float* lanes = out + ((j * s.taps() + t) * s.channels + c) * kWidth;
-        __builtin_memcpy(lanes, turned + k * kWidth, sizeof(float) * kWidth);
+        __builtin_memcpy(registers + (t * s.channels + c) * kWidth, turned + k * kWidth, sizeof(float) * kWidth);
       }
     }
   }
@@ -362,38 +389,51 @@ static void forward_pixels(const Op op, const float* const* pixels, int64_t left
   forward_tile<kTile / 3, V>(op, pixels, row, w, next, rows, run, sums);
 }
 
+// Pixels in order, from the m-th on: divisions cost more than what is done for a pixel of a small filter.
+struct Walk {
+  int64_t height, width, n, h, w;
+  Walk(int64_t m, int64_t height, int64_t width)
+      : height(height), width(width), n(m / (height * width)), h(m / width % height), w(m % width) {}
+  inline void next() {
+    if (++w < width) return;
+    w = 0;
+    if (++h < height) return;
+    h = 0, ++n;
+  }
+};
+
 // Fills the places of the output pixels [first, first + kStrip) in the laid-out input and in the output; what goes
 // beyond the last repeats it. Returns how many there are.
 template <typename T>
 static int64_t strip_of(const T* x, Laid laid, AdderShape s, int64_t first, Strides o, const T** pixels,
                         int64_t* places) {
   const int64_t rest = s.pixels() - first, count = rest < kStrip ? rest : kStrip;
-  for (int64_t i = 0; i < kStrip + kTile; ++i) {
-    const int64_t m = first + (i < count ? i : count - 1);
-    const int64_t n = m / (s.out_h * s.out_w), h = m / s.out_w % s.out_h, w = m % s.out_w;
-    pixels[i] = x + n * laid.image() + (h * s.stride_h * laid.cols + w * s.stride_w) * laid.channels;
-    places[i] = n * o.n + h * o.h + w * o.w;
+  Walk at(first, s.out_h, s.out_w);
+  for (int64_t i = 0; i < count; ++i, at.next()) {
+    pixels[i] = x + at.n * laid.image() + (at.h * s.stride_h * laid.cols + at.w * s.stride_w) * laid.channels;
+    places[i] = at.n * o.n + at.h * o.h + at.w * o.w;
   }
+  for (int64_t i = count; i < kStrip + kTile; ++i) pixels[i] = pixels[count - 1], places[i] = places[count - 1];
   return count;
 }
 
 template <class Op>
-static void forward_by(const float* x, Laid laid, const float* w, AdderShape s, float p, int64_t begin, int64_t end,
+static void forward_by(const float* x, Laid laid, const float* w, AdderShape s, float p, Span registers, Span strips,
                        Strides o, float* out) {
   const Op op(p);
   const float* pixels[kStrip + kTile];
   int64_t places[kStrip + kTile];
   Floats sums[2][kTile];
   const int64_t run = s.kernel_w * s.channels, next = s.kernel_h * run * kWidth;
-  const int64_t registers = (s.filters + kWidth - 1) / kWidth;
-  for (int64_t strip = begin; strip < end; ++strip) {
+  for (int64_t strip = strips.begin; strip < strips.end; ++strip) {
     const int64_t count = strip_of(x, laid, s, strip * kStrip, o, pixels, places);
-    for (int64_t j = 0; j < registers; j += 2) {
-      const bool two = j + 1 < registers;
+    for (int64_t j = registers.begin; j < registers.end; j += 2) {
+      const bool two = j + 1 < registers.end;
+      const float* f = w + (j - registers.begin) * next;
       for (int64_t i = 0; i < count; i += kTile) {
         const int64_t left = count - i < kTile ? count - i : kTile;
-        if (two) forward_pixels<2>(op, pixels + i, left, laid.row(), w + j * next, next, s.kernel_h, run, sums);
-        else forward_pixels<1>(op, pixels + i, left, laid.row(), w + j * next, next, s.kernel_h, run, sums);
+        if (two) forward_pixels<2>(op, pixels + i, left, laid.row(), f, next, s.kernel_h, run, sums);
+        else forward_pixels<1>(op, pixels + i, left, laid.row(), f, next, s.kernel_h, run, sums);
         for (int v = 0; v < 1 + two; ++v) {
           const int64_t from = (j + v) * kWidth;
           put(sums[v], left, s.filters - from, -1.0f, places + i, o.c, out + from * o.c);
@@ -403,10 +443,10 @@ static void forward_by(const float* x, Laid laid, const float* w, AdderShape s, 
   }
 }
 
-static void adder_forward(const float* x, Laid laid, const float* w, AdderShape s, float p, int64_t begin, int64_t end,
-                          Strides o, float* out) {
-  if (p == 1.0f) forward_by<Distance>(x, laid, w, s, p, begin, end, o, out);
-  else forward_by<Powered>(x, laid, w, s, p, begin, end, o, out);
+static void adder_forward(const float* x, Laid laid, const float* w, AdderShape s, float p, Span registers,
+                          Span strips, Strides o, float* out) {
+  if (p == 1.0f) forward_by<Distance>(x, laid, w, s, p, registers, strips, o, out);
+  else forward_by<Powered>(x, laid, w, s, p, registers, strips, o, out);
 }
 
 // -- gradient of the input -------------------------------------------------------------------------
@@ -450,11 +490,16 @@ static void input_grad_by(const float* grad, Laid laid, const float* w, const fl
   const int64_t many_w = (s.width - first_w + s.stride_w - 1) / s.stride_w, total = s.batch * many_h * many_w;
   const int64_t range[2][3] = {{phase_h, s.kernel_h, s.stride_h}, {phase_w, s.kernel_w, s.stride_w}};
   const int64_t registers = (s.channels + kWidth - 1) / kWidth, next = s.taps() * s.filters * kWidth;
+  Walk at(begin * kStrip, many_h, many_w);
   for (int64_t i = begin * kStrip; i < end * kStrip && i < total; i += kTile) {
     const int64_t left = total - i < kTile ? total - i : kTile;
-    for (int k = 0; k < kTile; ++k) {
-      const int64_t m = i + (k < left ? k : left - 1), n = m / (many_h * many_w);
-      const int64_t h = first_h + m / many_w % many_h * s.stride_h, c = first_w + m % many_w * s.stride_w;
+    for (int64_t k = 0; k < kTile; ++k) {
+      if (k >= left) {
+        grads[k] = grads[left - 1], xs[k] = xs[left - 1];
+        continue;
+      }
+      const int64_t n = at.n, h = first_h + at.h * s.stride_h, c = first_w + at.w * s.stride_w;
+      at.next();
       const int64_t gh = (h + s.pad_h - phase_h) / s.stride_h + laid.top;
       const int64_t gw = (c + s.pad_w - phase_w) / s.stride_w + laid.left;
       grads[k] = grad + n * laid.image() + (gh * laid.cols + gw) * laid.channels;
@@ -634,25 +679,30 @@ static void codes_pixels(const uint8_t* const* pixels, int64_t left, int64_t row
 static inline void scaled(const Bytes* sums, int64_t pixels, Grid grid, int64_t from, int64_t count, float* lanes) {
   float gain[kGroups] = {}, shift[kGroups] = {};
   for (int64_t l = 0; l < kGroups && l < count; ++l) gain[l] = grid.gain[from + l], shift[l] = grid.shift[from + l];
+#if defined(__AVX512DQ__)
+  const __m256 times = _mm256_loadu_ps(gain), from_where = _mm256_loadu_ps(shift);
+  for (int64_t p = 0; p < pixels; ++p)
+    _mm256_storeu_ps(lanes + p * 8, _mm256_sub_ps(from_where, _mm256_mul_ps(times, _mm512_cvtepi64_ps(sums[p]))));
+#else
   for (int64_t p = 0; p < pixels; ++p) {
     int64_t wide[kGroups];
     __builtin_memcpy(wide, sums + p, sizeof wide);
     for (int64_t l = 0; l < kGroups; ++l)
       lanes[p * kGroups + l] = shift[l] - gain[l] * static_cast<float>(static_cast<int32_t>(wide[l]));
   }
+#endif
 }
 
-static void adder_forward_codes(const uint8_t* x, Laid laid, const uint8_t* w, AdderShape s, Grid grid, int64_t begin,
-                                int64_t end, Strides o, float* out) {
+static void adder_forward_codes(const uint8_t* x, Laid laid, const uint8_t* w, AdderShape s, Grid grid,
+                                Span registers, Span strips, Strides o, float* out) {
   const uint8_t* pixels[kStrip + kTile];
   int64_t places[kStrip + kTile];
   Bytes sums[2][kTile];
   const int64_t run = s.kernel_w * laid.channels, next = s.kernel_h * run * kGroups;
-  const int64_t registers = (s.filters + kGroups - 1) / kGroups;
-  for (int64_t strip = begin; strip < end; ++strip) {
+  for (int64_t strip = strips.begin; strip < strips.end; ++strip) {
     const int64_t count = strip_of(x, laid, s, strip * kStrip, o, pixels, places);
-    for (int64_t j = 0; j < registers; j += 2) {
-      const bool two = j + 1 < registers;
+    for (int64_t j = registers.begin; j < registers.end; j += 2) {
+      const bool two = j + 1 < registers.end;
       for (int64_t i = 0; i < count; i += kTile) {
         const int64_t left = count - i < kTile ? count - i : kTile;
         if (two) codes_pixels<2>(pixels + i, left, laid.row(), w + j * next, next, s.kernel_h, run, sums);

@@ -46,6 +46,18 @@ void lay(const float* x, Strides from, int64_t batch, int64_t channels, int64_t 
   });
 }
 
+// Splits pairs of registers and strips over threads: over registers first, which then stay in a core's cache.
+template <typename Body>
+void tiled(int64_t registers, const AdderShape& s, int64_t threads, const Body& body) {
+  const int64_t pairs = (registers + 1) / 2, strips = up(s.pixels(), kStrip) / kStrip;
+  const int64_t across = std::min(threads, pairs), along = std::max<int64_t>(1, std::min(threads / across, strips));
+  parallel(across * along, across * along, [&](int64_t part, int64_t, int64_t) {
+    const int64_t i = part % across, k = part / across;
+    const Span mine{pairs * i / across * 2, std::min(registers, pairs * (i + 1) / across * 2)};
+    body(mine, Span{strips * k / along, strips * (k + 1) / along});
+  });
+}
+
 // out: any strides. -sum |w - x|^p.
 void forward(uintptr_t x, const Numbers& x_strides, uintptr_t w, const Numbers& shape, float p, uintptr_t out,
              const Numbers& out_strides, int64_t threads) {
@@ -55,14 +67,16 @@ void forward(uintptr_t x, const Numbers& x_strides, uintptr_t w, const Numbers& 
   thin_out(s, from);
   const AdderTable& table = chosen->adder;
   const Laid laid = bordered(s, s.channels);
-  const int64_t registers = up(s.filters, table.width) / table.width, parts = parts_for(pairs_of(s), threads);
-  Scratch<float> input(s.batch * laid.image()), filters(registers * s.taps() * s.channels * table.width);
+  const Strides to = strides_of(out_strides);
+  Scratch<float> input(s.batch * laid.image());
   lay(at<float>(x), from, s.batch, s.channels, s.height, s.width, laid, input.get(), threads);
-  parallel(registers, parts, [&](int64_t, int64_t begin, int64_t end) {
-    table.pack_filters(at<float>(w), s, begin, end, filters.get());
-  });
-  parallel(up(s.pixels(), kStrip) / kStrip, parts, [&](int64_t, int64_t begin, int64_t end) {
-    table.forward(input.get(), laid, filters.get(), s, p, begin, end, strides_of(out_strides), at<float>(out));
+  tiled(up(s.filters, table.width) / table.width, s, parts_for(pairs_of(s), threads), [&](Span all, Span strips) {
+    Scratch<float> filters(2 * s.taps() * s.channels * table.width);
+    for (int64_t j = all.begin; j < all.end; j += 2) {  // packed just before use, while they are in the cache
+      const Span two{j, std::min(j + 2, all.end)};
+      table.pack_filters(at<float>(w), s, two.begin, two.end, filters.get());
+      table.forward(input.get(), laid, filters.get(), s, p, two, strips, to, at<float>(out));
+    }
   });
 }
 
@@ -157,11 +171,10 @@ void forward_codes(uintptr_t x, const Numbers& x_strides, uintptr_t packed, cons
     table.lay_out_codes(at<float>(x), from, s.channels, s.height, s.width, laid, grid, begin, end,
                         input.get());
   });
-  parallel(up(s.pixels(), kStrip) / kStrip, parts_for(pairs_of(s) / 4, threads),
-           [&](int64_t, int64_t begin, int64_t end) {
-             table.forward_codes(input.get(), laid, at<uint8_t>(packed), s, grid, begin, end,
-                                 strides_of(out_strides), at<float>(out));
-           });
+  const Strides to = strides_of(out_strides);
+  tiled(up(s.filters, table.bytes) / table.bytes, s, parts_for(pairs_of(s) / 4, threads), [&](Span mine, Span strips) {
+    table.forward_codes(input.get(), laid, at<uint8_t>(packed), s, grid, mine, strips, to, at<float>(out));
+  });
 }
 
 }  // namespace
