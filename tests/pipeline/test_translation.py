@@ -72,6 +72,13 @@ def test_domains_of_different_sizes() -> None:
         set_up(recipe(data={"train": data["train"].replace("->", "=>")}))
 
 
+@pytest.mark.parametrize("method", ["dcd", "pix2pix"])
+def test_adversarial_methods_without_training_are_refused(method: str) -> None:
+    options = {"layers": 1, "lambda_style": 0.0, "lambda_feature": 0.0} if method == "dcd" else {"layers": 1}
+    with pytest.raises(RecipeError, match="the recipe trains none"):
+        set_up(recipe(methods=[{method: options}], train={}))
+
+
 def test_a_feature_network_without_weights_is_refused_before_anything_runs() -> None:
     with pytest.raises(RecipeError, match="inception@pt_inception-2015-12-05.safetensors"):
         set_up(recipe(task={"image_translation": {"extractor": "inception"}}))

@@ -158,7 +158,9 @@ def serial(source: ImageSource) -> ImageSource:
     if not isinstance(read, _Unpaired):
         return source
     names = [f"{read.a.names[i % len(read.a)]} -> {read.b.names[i % len(read.b)]}" for i in range(len(source))]
-    return ImageSource(names, source.labels, replace(read, drawn=False), None, source.what)
+    again = ImageSource(names, source.labels, replace(read, drawn=False), None, source.what)
+    again.failed = source.failed  # broken pictures are told of the source, however it is read
+    return again
 
 
 def _flat(path: str, part: str, what: str) -> ImageSource:

@@ -155,8 +155,8 @@ def _check_trained(recipe: Recipe, stack: Stack) -> None:
 
     Methods that change weights, gradients or structure may bring a training of their own: then nothing is said.
     """
-    only_training = frozenset({"loss", "gradients", "adversary"})
-    idle = [m for m in stack.methods if m.touches and m.touches <= only_training]
+    only_training = frozenset({"loss", "gradients"})
+    idle = [m for m in stack.methods if m.touches and (m.touches <= only_training or "adversary" in m.touches)]
     others = [m for m in stack.methods if m not in idle]
     if idle and not recipe.train.trains and all(m.touches <= {"tokens", "precision"} for m in others):
         names = ", ".join(type(m).__name__ for m in idle)

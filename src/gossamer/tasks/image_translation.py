@@ -6,7 +6,6 @@ second domain, in features of a stated network (``tasks.features``).
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -157,12 +156,7 @@ class ImageTranslation:
 
     def batches(self, source: ImageSource, pre: Preprocessing, batch: int) -> Iterator[Batch]:
         """Yield every readable pair once; unpaired domains side by side, the smaller one again from its start."""
-        kept = random.getstate()
-        random.seed(0)  # a part of an unpaired source still draws its second pictures
-        try:
-            yield from image_batches(serial(source), self.still_view(pre), batch)
-        finally:
-            random.setstate(kept)
+        return image_batches(serial(source), self.still_view(pre), batch)
 
     # -- training and evaluation -------------------------------------------------------------------
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Any, Terms]:

@@ -338,6 +338,15 @@ class DCD(Method):
         """Take the taps off."""
         return {"tapped": [], "phase": ""} if self._active else None
 
+    def finish(self, model: nn.Module) -> None:
+        """Check that the student has had its phases; the saving is physical already.
+
+        Raises:
+            PlanError: It has not.
+        """
+        if self.extra is None:
+            raise PlanError("dcd: the student has not learned yet; run the phases of stack.phases(plan) before finish")
+
     # -- the teacher's moves -------------------------------------------------------------------------
     def _teacher_turn(self, model: nn.Module, batch: Batch, step: Step) -> Terms:
         teacher = self._build()["teacher"]

@@ -361,6 +361,12 @@ def test_a_generator_of_ones_own() -> None:
     assert values(terms_of(method, model))["dcd"] > 0
 
 
+def test_finishing_without_training_is_an_error() -> None:
+    stack = Stack([DCD(**PLAIN, width=2)])
+    with pytest.raises(PlanError, match="has not learned yet"):
+        stack.finish(stack.prepare(tiny_generator()))
+
+
 def test_a_second_adversary_is_refused() -> None:
     with pytest.raises(PlanError, match="both change the model's adversary"):
         Stack([DCD(), DCD()])
