@@ -6,7 +6,8 @@
 Trains an EDSR in float on the photographs of ``DATA/sr_train_bsds.zip`` (random patches, MATLAB's bicubic), then from
 it every arm, one run folder each, and measures the finished models (integer layers) on ``DATA/sr_test.zip``. What is
 done is not done again, an interrupted run goes on. ``--part i/n`` runs every n-th job, so that n processes share the
-work, on a GPU where there is one; a call without it prints the tables and writes ``OUT/super_resolution_x*.json``.
+work, on a GPU where there is one; a call without it prints the tables and writes ``OUT/super_resolution_x*.json``, of
+what is there already with ``--table``.
 ``evidence`` is for minutes on a GPU with eight processes; ``toy`` shows in minutes of one core that it works, no more.
 ``--speed`` times the graphs of the float and the quantized networks side by side in both runtimes (weights do not
 matter).
@@ -102,9 +103,14 @@ def scores(model: torch.nn.Module, ready: Any, data: Path, scale: int, images: i
     return found
 
 
+def run_folder(out: Path, scale: int, arm: str, seed: int) -> Path:
+    """Return the folder of one run."""
+    return out / f"x{scale}" / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+
 def one(out: Path, data: Path, size: dict[str, Any], scale: int, arm: str, seed: int) -> dict[str, Any]:
     """Run one arm for one seed, or read what an earlier call found."""
-    folder = out / f"x{scale}" / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
+    folder = run_folder(out, scale, arm, seed)
     done = folder / "result.json"
     if not done.is_file():
         options = arms()[arm]
@@ -141,13 +147,13 @@ def jobs(size: dict[str, Any], only: str) -> list[tuple[str, int]]:
 def accuracy(out: Path, data: Path, size: dict[str, Any], scale: int, given: argparse.Namespace) -> None:
     """Run this process's part for one scale; without parts, print mean and deviation over the seeds."""
     part, parts = (int(n) for n in (given.part or "0/1").split("/"))
-    if part == scale % parts:
+    if part == scale % parts and not given.table:
         float_model(out, data, size, scale)
     while not (out / f"x{scale}" / "model" / "model.json").is_file():
         time.sleep(2)  # another process trains it
     table: dict[str, list[dict[str, Any]]] = {}
     for k, (arm, seed) in enumerate(jobs(size, given.only)):
-        if k % parts == part:
+        if k % parts == part and (not given.table or (run_folder(out, scale, arm, seed) / "result.json").is_file()):
             table.setdefault(arm, []).append(one(out, data, size, scale, arm, seed))
     if given.part:
         return
@@ -198,6 +204,7 @@ def main() -> None:
     parser.add_argument("--scales", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--only", default="", help="arms whose name holds this")
     parser.add_argument("--part", default="", help="i/n")
+    parser.add_argument("--table", action="store_true", help="only print what is there")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--side", type=int, default=128, help="low-resolution side of the timed graphs")

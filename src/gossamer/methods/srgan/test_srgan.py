@@ -12,15 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from gossamer.core.errors import ModelError, PlanError, RecipeError
-from gossamer.core.registry import build
-from gossamer.core.schedule import Phase, Plan, Step
+from gossamer.core.schedule import Step
 from gossamer.core.stack import Stack
-from gossamer.engine.loop import Loop
 from gossamer.kits.example import tiny_vit
 from gossamer.methods.srgan import SRGAN
 from gossamer.methods.srgan.example import pairs, tiny_generator
 from gossamer.models.super_resolution import Judge
-from gossamer.tasks.super_resolution import SuperResolution
 
 FIGURES = tomllib.loads(
     resources.files("gossamer.methods.srgan").joinpath("figures.toml").read_text(encoding="utf-8")
@@ -80,15 +77,6 @@ def test_features_come_from_a_network_by_path() -> None:
     terms["task"].backward()
     assert terms["task"] > 0 and big["image"].grad.abs().sum() > 0
     assert all(p.grad is None for p in net.parameters())
-
-
-def test_a_quantized_generator_is_trained_against_the_judge() -> None:
-    stack = Stack([SRGAN(width=4), build("fqsr", {"warmup": 1, "weight_bits": 6, "input_bits": 6, "output_bits": 6})])
-    loop = Loop(stack, SuperResolution(scale=2), {"train": pairs}, Plan([Phase("fit", 2)]))
-    model = loop.train(tiny_generator())
-    names = [t.name for p in loop.plan for t in p.turns if p.work is None]
-    assert names == ["judge", "main"]
-    assert torch.isfinite(loop.finish(model)(pairs(STEP)["image"])).all()
 
 
 def test_refusals() -> None:
