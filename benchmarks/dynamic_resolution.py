@@ -2,11 +2,15 @@
 
     python benchmarks/dynamic_resolution.py train OUT [--size small] [--seeds 0 1] [--data ../shared/data]
     python benchmarks/dynamic_resolution.py measure OUT ...
+    python benchmarks/dynamic_resolution.py speed OUT [--net resnet18]
 
 ``train`` trains every net once a seed (on the GPU if there is one); what is done is not done again, an interrupted
 training goes on. ``measure`` exports them, evaluates them in OpenVINO and ONNX Runtime on the CPU and times them side
 by side on real test images, 16 a call; results in ``OUT/SIZE.json``. Sizes: ``toy`` (a minute, says nothing), ``small``
 (10 minutes of one core, one seed), ``gpu`` (ten epochs of all images, and the ablation of the norms).
+
+``speed`` needs no training: a net with untrained weights and the predictor of the paper, a third of the images at each
+of 224, 168 and 112 pixels, against the net at 224; predicted by MACs and measured.
 
 All nets see the same number of steps of the same batches; DRNet spends 0.7 of 1.7 of them on all sizes at once. Fixed
 nets are exported for exactly 16 images, which suits them best.
@@ -31,6 +35,7 @@ from gossamer.data.transforms import eval_transform
 from gossamer.engine.loop import Loop
 from gossamer.engine.options import RunOptions
 from gossamer.export.exporting import export_once
+from gossamer.methods.drnet import DRNet
 from gossamer.models.build import load_model
 from gossamer.models.preprocessing import preprocessing
 from gossamer.models.source import inherit
@@ -38,7 +43,7 @@ from gossamer.models.store import load, save
 from gossamer.ops.routing import Resized, Routed
 from gossamer.pipeline.setup import set_up
 from gossamer.recipe import Recipe
-from gossamer.runtimes import get
+from gossamer.runtimes import as_recorded, get
 from gossamer.runtimes.device import device_key
 from gossamer.runtimes.routed import RoutedSession
 
@@ -142,7 +147,6 @@ def routing(model: Routed, images: Tensor, targets: Tensor) -> dict[str, Any]:
 
 def measure(out: Path, size: str, seeds: list[int], data: Path) -> dict[str, Any]:
     """Export, evaluate and time all nets; returns the table."""
-    torch.set_num_threads(1)
     test = open_data(f"npz:{data}/cifar10_test_8000.npz[0:{SIZES[size]['test']}]")
     table: dict[str, Any] = {"machine": device_key(), "threads": 1, "seeds": {}}
     for seed in seeds:
@@ -188,6 +192,36 @@ def in_runtime(sessions: dict[str, Any], images: Tensor, targets: Tensor, rows: 
         }  # fmt: skip
 
 
+def routed_net(name: str) -> tuple[nn.Module, nn.Module]:
+    """Return a net of 224 pixels and its routed form with equal shares."""
+    net = load_model(name)
+    method = DRNet(count_batches=1)
+    wrapped = method.apply(load_model(name), method._decide(net))
+    for edit in ({"do": "route"}, {"do": "finish", "shares": [1 / 3] * 3}):
+        wrapped = method.apply(wrapped, edit)
+    return net.eval(), wrapped.eval()
+
+
+def speed(out: Path, name: str) -> None:
+    """Time the routed form of a net against the net, ``CALL`` images a call."""
+    models = dict(zip(("fixed", "routed"), routed_net(name), strict=True))
+    macs = {n: cost(m, saved=False).macs for n, m in models.items()}
+    rows: dict[str, Any] = {"machine": device_key(), "threads": 1, "macs": macs}
+    rows["predicted"] = macs["fixed"] / macs["routed"]
+    x = np.random.default_rng(0).standard_normal((CALL, 3, 224, 224), dtype=np.float32)
+    for runtime, kind in (("openvino", "openvino"), ("onnxruntime", "onnx")):
+        graphs = [export_once(m, out / f"{name}-{n}-{kind}", format=kind, batch=CALL).graph for n, m in models.items()]
+        for precision in get(runtime).precisions():
+            sessions = [as_recorded(get(runtime).load(g, precision=precision, threads=1)) for g in graphs]
+            fixed, routed = bench(sessions, x, rounds=3, warmup=1, burst_s=0.0)
+            rows[f"{runtime}/{precision}"] = {
+                "fixed_ms": fixed.median_ms, "routed_ms": routed.median_ms, "ratio": routed.ratio,
+                "quartiles": routed.ratio_quartiles, "trusted": routed.trusted, "reason": routed.reason,
+            }  # fmt: skip
+    (out / f"speed-{name}.json").write_text(json.dumps(rows, indent=1))
+    print(json.dumps(rows, indent=1))
+
+
 def show(table: dict[str, Any]) -> None:
     """Print one line a net, runtime and seed."""
     for seed, rows in table["seeds"].items():
@@ -206,17 +240,20 @@ def show(table: dict[str, Any]) -> None:
 def main() -> None:
     """Train or measure, as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "measure"))
+    parser.add_argument("what", choices=("train", "measure", "speed"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--net", default="resnet18")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    if given.what == "measure":
+    torch.set_num_threads(1)
+    if given.what == "speed":
+        speed(given.out, given.net)
+    elif given.what == "measure":
         show(measure(given.out, given.size, given.seeds, given.data))
-        return
-    for seed in given.seeds:
+    for seed in given.seeds if given.what == "train" else ():
         train(given.out, given.size, seed, given.data)
 
 

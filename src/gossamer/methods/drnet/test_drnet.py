@@ -196,6 +196,9 @@ def test_the_gradient_reaches_the_predictor_through_the_choice() -> None:
         out = model(images())
         choice = model.take_choice()
         assert set(choice.unique().tolist()) == {0.0, 1.0} and choice.sum(1).eq(1).all()
+        with torch.no_grad():
+            model(images())
+        assert torch.equal(model.take_choice(), choice)  # a second pass of the step sees the same choices
         F.cross_entropy(out, torch.arange(6)).backward()
         with pytest.raises(StateError, match="inside drawing"):
             model.take_choice()
