@@ -38,8 +38,9 @@ def test_prelu_adds_one_slope_a_block() -> None:
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_networks_are_timm_models_that_state_their_task(scale: int) -> None:
-    for kind in ("edsr_baseline", "srresnet"):
-        model = load_model(f"{kind}_x{scale}", depth=1, width=4, img_size=8)
+    small = {"edsr_baseline": {"depth": 1, "width": 4}, "srresnet": {"depth": 1, "width": 4}, "imdn": {"width": 16}}
+    for kind, options in small.items():
+        model = load_model(f"{kind}_x{scale}", img_size=8, **options)
         assert model.eval()(torch.rand(2, 3, 8, 6)).shape == (2, 3, 8 * scale, 6 * scale)
         assert scale_of(model) == scale and source_of(model).preprocessing.size == (3, 8, 8)
     assert Judge(8)(torch.rand(2, 3, 32, 32)).shape == (2,)

@@ -87,13 +87,19 @@ def test_bicubic_reaches_its_published_figure(shared_data: Path, scale: int, exp
     assert found.score == pytest.approx(expected, abs=0.02) and len(found.names) == 5
 
 
-def test_pretrained_generator_reaches_its_figure(shared_data: Path, shared_weights: Path) -> None:
-    model = load_model(f"srgan_x4@{shared_weights / 'srresnet5_x4.safetensors'}")
+@pytest.mark.parametrize(
+    ("name", "weights", "expected"),
+    [("srgan_x4", "srresnet5_x4", 30.66), ("imdn_x2", "imdn_x2", 38.00), ("imdn_x4", "imdn_x4", 32.21)],
+)
+def test_pretrained_networks_reach_their_figures(
+    shared_data: Path, shared_weights: Path, name: str, weights: str, expected: float
+) -> None:
+    model = load_model(f"{name}@{shared_weights / weights}.safetensors")
     task = task_for(preprocessing(model))
     images = task.open(f"zip:{shared_data / 'sr_test.zip'}#Set5/HR")
     task.check(images, model)
     found = task.evaluate(in_evaluation(model), task.batches(images, preprocessing(model), 1))
-    assert found.score == pytest.approx(30.66, abs=0.03)
+    assert found.score == pytest.approx(expected, abs=0.015)
 
 
 def test_two_models_on_the_same_pictures() -> None:

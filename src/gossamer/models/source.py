@@ -16,6 +16,7 @@ from gossamer.core.errors import ModelError, nearest
 from gossamer.models import (  # noqa: F401 - they register their networks with timm
     cifar_nets,
     generators,
+    imdn,
     super_resolution,
 )
 from gossamer.models.preprocessing import Preprocessing, preprocessing

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gossamer.core.errors import ModelError
 from gossamer.ops.sums import Add
 
-__all__ = ["EDSR", "Judge", "SRResNet", "checkpoint_filter_fn"]
+__all__ = ["EDSR", "Judge", "SRResNet", "checkpoint_filter_fn", "register_scales", "sr_config"]
 
 MEAN = (0.4488, 0.4371, 0.4040)
 """Mean colour of DIV2K, subtracted by EDSR."""
@@ -30,7 +30,12 @@ SCALES = (2, 3, 4)
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "prelu": nn.PReLU}
 
 
-def _config(name: str, scale: int, size: int) -> dict[str, Any]:
+def sr_config(name: str, scale: int, size: int) -> dict[str, Any]:
+    """Return the timm configuration of a network for super-resolution, which states its task and scale.
+
+    Raises:
+        ModelError: A scale that is not in ``SCALES``.
+    """
     if scale not in SCALES:
         raise ModelError(f"{name}: scale={scale}; allowed are {', '.join(map(str, SCALES))}")
     return {
@@ -99,7 +104,7 @@ class EDSR(nn.Module):
         value_range: float = 255.0, img_size: int = 64,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.default_cfg = self.pretrained_cfg = _config(name, scale, img_size)
+        self.default_cfg = self.pretrained_cfg = sr_config(name, scale, img_size)
         self.value_range = value_range
         self.register_buffer("mean", value_range * torch.tensor(MEAN).reshape(1, 3, 1, 1), persistent=False)
         self.head = nn.Sequential(_conv(3, width))
@@ -147,7 +152,7 @@ class SRResNet(nn.Module):
         squash: bool = False, img_size: int = 64,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.default_cfg = self.pretrained_cfg = _config(name, scale, img_size)
+        self.default_cfg = self.pretrained_cfg = sr_config(name, scale, img_size)
         self.squash = squash
         self.head = nn.Sequential(_conv(3, width, 9, bias), nn.PReLU())
         self.body = nn.Sequential(*(_NormedBlock(width, bias) for _ in range(depth)))
@@ -222,13 +227,18 @@ def _register(name: str, kind: type[nn.Module], **fixed: Any) -> None:
         given = {k: v for k, v in options.items() if not k.startswith(("pretrained", "cache_dir"))}
         return kind(name, **{**fixed, **given})
 
-    make.__name__, make.__module__ = name, __name__
+    make.__name__, make.__module__ = name, kind.__module__
     make.__doc__ = f"Return {kind.__name__} with {fixed}."
-    setattr(sys.modules[__name__], name, register_model(make))
+    setattr(sys.modules[kind.__module__], name, register_model(make))
 
 
-for _scale in SCALES:
-    _register(f"edsr_baseline_x{_scale}", EDSR, scale=_scale)
-    _register(f"edsr_x{_scale}", EDSR, scale=_scale, depth=32, width=256, residual_scale=0.1)
-    _register(f"srresnet_x{_scale}", SRResNet, scale=_scale)
-_register("srgan_x4", SRResNet, scale=4, depth=5, bias=True, last_norm=False, squash=True)
+def register_scales(name: str, kind: type[nn.Module], scales: Sequence[int], **fixed: Any) -> None:
+    """Register ``name_x2`` and so on with timm: functions that make ``kind`` with a scale and ``fixed`` options."""
+    for scale in scales:
+        _register(f"{name}_x{scale}", kind, scale=scale, **fixed)
+
+
+register_scales("edsr_baseline", EDSR, SCALES)
+register_scales("edsr", EDSR, SCALES, depth=32, width=256, residual_scale=0.1)
+register_scales("srresnet", SRResNet, SCALES)
+register_scales("srgan", SRResNet, (4,), depth=5, bias=True, last_norm=False, squash=True)
