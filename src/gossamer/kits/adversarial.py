@@ -9,7 +9,7 @@ run that is cut resumes exactly, and ranks hold the same pools.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import ModelError, RecipeError
 from gossamer.core.schedule import Batch, Objective, Phase, Step, Terms, Turn
+from gossamer.kits.norm_statistics import norms_frozen
 from gossamer.models.discriminators import PatchDiscriminator
 from gossamer.models.generators import Generator
 from gossamer.ops.adversarial import check_gan, fooling_loss, judging_loss, wide_mean
@@ -44,12 +45,18 @@ T = TypeVar("T")
 
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Let no parameter of ``modules`` get gradients from what is computed inside; they still pass gradients on."""
+    """Let nothing of ``modules`` change by what is computed inside; they still pass gradients on.
+
+    Their parameters get no gradients, their batch norms keep their running statistics.
+    """
     held = [p for m in modules for p in m.parameters() if p.requires_grad]
     for p in held:
         p.requires_grad_(False)
     try:
-        yield
+        with ExitStack() as norms:
+            for module in modules:
+                norms.enter_context(norms_frozen(module))
+            yield
     finally:
         for p in held:
             p.requires_grad_(True)
@@ -358,7 +365,7 @@ class CycleGame(Game):
         """Return ``judge`` and ``judge_back``; generated pictures come through the pools."""
         back = self.noted("first", batch, step)
         if back is None:
-            with torch.no_grad():
+            with torch.no_grad(), frozen(self.partner):
                 back = self.partner(batch["target"])
         shown = [p(x, step.generator(f"pool.{n}")) for n, (p, x) in enumerate(zip(self.pools, pictures, strict=True))]
         own = self.partner_pool(back, step.generator("pool.back"))

@@ -1,8 +1,9 @@
-"""Batch norms' running statistics taken anew, for a model whose layers changed after they were collected."""
+"""Batch norms' running statistics: left alone for a pass, or taken anew for a model whose layers changed since."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gossamer.core.errors import DataError
 
-__all__ = ["reestimate_norms"]
+__all__ = ["norms_frozen", "reestimate_norms"]
+
+
+@contextmanager
+def norms_frozen(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Let batch norms in training mode use batch statistics without updating their running ones."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats] if active else []
+    for m in norms:
+        m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for m in norms:
+            m.track_running_stats = True
 
 
 @torch.no_grad()

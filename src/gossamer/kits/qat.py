@@ -19,8 +19,8 @@ from gossamer.cost.ledger import cost, default_example
 from gossamer.kits.conv_layout import round_outputs
 from gossamer.kits.dataflow import Dataflow
 from gossamer.kits.folding import fold_norms
+from gossamer.kits.norm_statistics import norms_frozen
 from gossamer.kits.quant_layout import classifiers, float_layer, unfit_padding
-from gossamer.kits.sharpness import norms_frozen
 from gossamer.models.contracts import replace_module
 from gossamer.ops.grids import LayerGrids
 from gossamer.ops.int8 import int8_layer

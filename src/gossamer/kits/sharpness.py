@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gossamer.core.errors import RecipeError
 from gossamer.core.method import Grads
 from gossamer.core.schedule import Batch, Step
+from gossamer.kits.norm_statistics import norms_frozen
 
 __all__ = [
     "ADAPTIVE",
@@ -30,7 +31,6 @@ __all__ = [
     "TakesOffset",
     "displaced",
     "measure_sharpness",
-    "norms_frozen",
     "sharp_grads",
 ]
 
@@ -194,19 +194,6 @@ def displaced(moves: Sequence[tuple[_Spot, Tensor]]) -> Iterator[None]:
                 target.copy_(old)
         for target, flag in flags:
             target.requires_grad_(flag)
-
-
-@contextmanager
-def norms_frozen(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Let batch norms in training mode use batch statistics without updating their running ones."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats] if active else []
-    for m in norms:
-        m.track_running_stats = False
-    try:
-        yield
-    finally:
-        for m in norms:
-            m.track_running_stats = True
 
 
 def two_passes(

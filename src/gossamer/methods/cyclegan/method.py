@@ -21,6 +21,7 @@ from gossamer.kits.adversarial import (
     CycleOptions,
     JudgeOptions,
     drawn_with,
+    frozen,
     picture_channels,
     way_back,
     with_judge,
@@ -115,7 +116,7 @@ class CycleGAN(Method):
     def _judge(self, model: nn.Module, batch: Batch, step: Step) -> Terms:
         picture = self.game.noted("second", batch, step)  # made before this step's update, as in the paper's code
         if picture is None:
-            with torch.no_grad():
+            with torch.no_grad(), frozen(model):
                 picture = model(batch["image"])
         return self.game.judge_terms([picture], batch, step)
 

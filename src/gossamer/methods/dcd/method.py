@@ -29,6 +29,7 @@ from gossamer.models.discriminators import PatchDiscriminator
 from gossamer.models.generators import Generator
 from gossamer.models.preprocessing import preprocessing
 from gossamer.ops.distances import frechet_distance, moments
+from gossamer.runtimes.torch_runtime import evaluating
 from gossamer.tasks.features import load_extractor
 from gossamer.tasks.image_translation import to_unit
 
@@ -357,11 +358,11 @@ class DCD(Method):
         return self.game.generator_terms(teacher, batch, out, step)
 
     def _judge_turn(self, model: nn.Module, batch: Batch, step: Step) -> Terms:
-        pictures = []
-        with torch.no_grad():
+        pictures, teacher = [], self._build()["teacher"]
+        with torch.no_grad(), frozen(teacher, model):
             if self.d_fakes != "student":
                 made = self.game.noted("second", batch, step)  # by the teacher's own move, where that comes first
-                pictures.append(self._build()["teacher"](batch["image"]) if made is None else made)
+                pictures.append(teacher(batch["image"]) if made is None else made)
             if self.d_fakes != "teacher":
                 pictures.append(model(batch["image"]))
         return self.game.judge_terms(pictures, batch, step)
@@ -375,7 +376,8 @@ class DCD(Method):
         n = 0
         while sum(len(m) for m in made) < self.select_images:
             batch = loaders["search"](replace(step, phase="dcd.select", index=n))
-            made.append(see(to_unit(own["teacher"](batch["image"]))).float())
+            with evaluating(own["teacher"]):
+                made.append(see(to_unit(own["teacher"](batch["image"]))).float())
             real.append(see(to_unit(batch["target"])).float())
             n += 1
         score = frechet_distance(moments(torch.cat(made)), moments(torch.cat(real)))
@@ -395,7 +397,8 @@ class DCD(Method):
             return known
         own = self._build()
         guide = own["best"].teacher if "best" in own else own["teacher"]
-        with torch.no_grad(), FeatureTap(guide, [t.teacher for t in self._taps], training_only=False) as tap:  # type: ignore[arg-type]
+        paths = [t.teacher for t in self._taps]
+        with torch.no_grad(), frozen(guide), FeatureTap(guide, paths, training_only=False) as tap:  # type: ignore[arg-type]
             picture = guide(batch["image"])  # type: ignore[operator]
             return picture, list(tap.read().values())
 

@@ -189,6 +189,18 @@ def test_a_judges_move_leaves_generators_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, state(model, method.extra["teacher"]), strict=True))
 
 
+def test_batch_norms_keep_the_statistics_of_their_own_moves() -> None:
+    narrow = load_model("mobile_resnet_3blocks", width=4, img_size=32, norm="batch")
+    method, stack, model, phase = ready(narrow, teacher_width=8, norm="batch")
+    task, batch = ImageTranslation(paired=True), picture_pairs(STEP)
+    teacher, judge = method.extra["teacher"], method.game.judge
+    for turn, still in (("main", (teacher, judge)), ("judge", (model, teacher)), ("teacher", (model, judge))):
+        before, all_nets = state(*still), state(model, teacher, judge)
+        stack.grads(task.loss, next(t for t in phase.turns if t.name == turn))(model, batch, STEP, [])
+        assert all(torch.equal(a, b) for a, b in zip(before, state(*still), strict=True)), turn
+        assert not all(torch.equal(a, b) for a, b in zip(all_nets, state(model, teacher, judge), strict=True)), turn
+
+
 def test_features_teach_what_comes_before_the_last_tap_and_nothing_after() -> None:
     method, _, model, _ = ready(teacher_width=8)
     terms_of(method, model)["dcd"].backward()

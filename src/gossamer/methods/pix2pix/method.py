@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gossamer.core.errors import PlanError
 from gossamer.core.method import Edit, Method
 from gossamer.core.schedule import Batch, Phase, Plan, Step, Terms
-from gossamer.kits.adversarial import JudgeOptions, PairedGame, drawn_with, picture_channels, with_judge
+from gossamer.kits.adversarial import JudgeOptions, PairedGame, drawn_with, frozen, picture_channels, with_judge
 
 __all__ = ["Pix2Pix"]
 
@@ -90,7 +90,7 @@ class Pix2Pix(Method):
         return {"judge": self.game.judges()}
 
     def _judge(self, model: nn.Module, batch: Batch, step: Step) -> Terms:
-        with torch.no_grad():
+        with torch.no_grad(), frozen(model):
             picture = model(batch["image"])
         return self.game.judge_terms([picture], batch, step)
 
