@@ -79,6 +79,14 @@ def test_adversarial_methods_without_training_are_refused(method: str) -> None:
         set_up(recipe(methods=[{method: options}], train={}))
 
 
+def test_a_progressive_run_without_pairs_is_planned() -> None:
+    own = {"width": 2, "paired": False, "layers": 1, "ndf": 4, "cycles": 2, "lambda_style": 0.0, "lambda_feature": 0.0}
+    found = gs.plan(recipe(task={"image_translation": {"paired": False}}, methods=[{"dcd": own}]))
+    names = [row["phase"] for row in found["phases"]]
+    assert names == [f"dcd.{who}.{k}" for k in (0, 1) for who in ("teacher", "student")]
+    assert found["estimated_seconds_known"] > 0
+
+
 def test_a_feature_network_without_weights_is_refused_before_anything_runs() -> None:
     with pytest.raises(RecipeError, match="inception@pt_inception-2015-12-05.safetensors"):
         set_up(recipe(task={"image_translation": {"extractor": "inception"}}))

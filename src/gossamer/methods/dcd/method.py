@@ -37,6 +37,8 @@ __all__ = ["DCD"]
 
 STUDENT = "dcd.student"
 """Stream of the student's own phases."""
+LEARNING = ("fit", "dcd")
+"""Phases in which the student learns from the teacher begin so."""
 
 
 @dataclass
@@ -330,7 +332,7 @@ class DCD(Method):
 
     def enter(self, model: nn.Module, phase: Phase) -> Edit | None:
         """Tap the student in the phases in which it learns from the teacher."""
-        learns = phase.work is None and phase.whole.partition(".")[0] in ("fit", "dcd")
+        learns = phase.work is None and phase.whole.partition(".")[0] in LEARNING
         if not learns or not any("weights" in t.trains and t.objective is None for t in phase.turns):
             return None
         return {"tapped": [t.student for t in self._taps], "phase": phase.name}
@@ -408,9 +410,9 @@ class DCD(Method):
         Terms: ``style``, ``feature``, ``gan``, ``dcd`` (whatever ``features`` says), and for pairs ``task``, the
         pixel error under ``lambda_task``. Terms of weight 0 are neither computed nor returned.
         """
-        if step.phase != self._active:
+        if step.phase.partition(".")[0] not in LEARNING:
             return {}
-        seen = list(self._tap.read().values()) if self._tap is not None else []
+        seen = self._seen(model, batch, step)
         picture, features = self._taught(batch, step)
         terms: Terms = {}
         if self.lambda_style or self.lambda_feature:
@@ -427,6 +429,17 @@ class DCD(Method):
         if not terms:
             raise RecipeError("dcd: every weight of the student's objective is 0; set one of the lambdas")
         return terms
+
+    def _seen(self, model: nn.Module, batch: Batch, step: Step) -> list[Tensor]:
+        """Return the student's features: of the pass just made, or of one more where the phase was not entered."""
+        if self._active == step.phase:
+            return list(self._tap.read().values()) if self._tap is not None else []
+        paths = [t.student for t in self._taps]
+        if not paths or not self.lambda_dcd:
+            return []
+        with FeatureTap(model, paths, training_only=False) as tap:
+            model(batch["image"])
+            return list(tap.read().values())
 
     def _feature_term(self, seen: list[Tensor], features: list[Tensor]) -> Tensor:
         own, judge = self._build(), self.game.judge

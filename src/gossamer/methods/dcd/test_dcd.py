@@ -220,6 +220,14 @@ def test_the_adversarial_term_is_of_the_students_own_pictures() -> None:
     assert all(float(p.grad.abs().sum()) > 0 for n, p in model.named_parameters() if n.endswith("weight"))
 
 
+def test_a_phase_that_was_not_entered_sees_the_same() -> None:
+    method, stack, model, phase = ready(teacher_width=8)
+    entered = values(terms_of(method, model))
+    assert method.loss(model, picture_pairs(STEP), None, Step("pretrain", "main", 0, 4)) == {}
+    stack.leave(model, phase)
+    assert values(terms_of(method, model)) == pytest.approx(entered)
+
+
 def test_order_in_a_batch_does_not_matter() -> None:
     method, _, model, _ = ready(teacher_width=8, connector="conv")
     batch = picture_pairs(STEP, 3)
