@@ -1,6 +1,7 @@
 """Adder convolutions beside oneDNN's convolutions and pairwise distances, and the machine's limit.
 
     python benchmarks/adder.py --threads 1 --out benchmarks/adder.json   # about 1 min
+    python benchmarks/adder.py --cuda --out benchmarks/adder_cuda.json     # Triton kernels, where a GPU is
     python benchmarks/adder.py --page                                    # only write the page again
 
 Shapes are those of ResNet-20 (32 x 32 images) and ResNet-18 (224 x 224). Contenders of one shape are timed in turn, in
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gossamer.cost.ledger import cost
-from gossamer.kernels import cpu
+from gossamer.kernels import cpu, gpu
 from gossamer.methods.addernet.layers import convert_to_adder, quantize_adder
 from gossamer.methods.addernet.method import measure_grids
 from gossamer.models.build import load_model
@@ -128,6 +129,50 @@ def gradient_row(batch: int, sizes: tuple[int, int, int, int, int], rounds: int)
     }
 
 
+def _synchronised() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def cuda_row(batch: int, sizes: tuple[int, int, int, int, int], rounds: int) -> dict:
+    """Time one shape on a GPU: forward pass and gradients beside a float32 convolution (no tensor cores) and cdist."""
+    channels, filters, side, kernel, stride = sizes
+    at, of = ([stride] * 2, [kernel // 2] * 2), {"stride": stride, "padding": kernel // 2}
+    x = torch.randn(batch, channels, side, side, device="cuda")
+    weight = torch.randn(filters, channels, kernel, kernel, device="cuda")
+    grad = torch.randn_like(F.conv2d(x, weight, **of))
+    columns = F.unfold(x, kernel, **of).transpose(1, 2).contiguous()
+    ops, rules = torch.ops.gossamer, (1.0, "clamp", "difference")
+    found = medians({
+        "conv": lambda: F.conv2d(x, weight, **of),
+        "adder": lambda: ops.adder_conv2d(x, weight, *at, *rules),
+        "cdist": lambda: torch.cdist(columns, weight.flatten(1), p=1),
+        "conv input": lambda: torch.nn.grad.conv2d_input(list(x.shape), weight, grad, **of),
+        "input": lambda: ops.adder_conv2d_input_grad(grad, x, weight, *at, "clamp", 1.0),
+        "filters, full": lambda: ops.adder_conv2d_weight_grad(grad, x, weight, *at, "difference", 1.0),
+        "filters, sign": lambda: ops.adder_conv2d_weight_grad(grad, x, weight, *at, "sign", 1.0),
+    }, rounds)  # fmt: skip
+    row = {"shape": f"{channels}->{filters} {kernel}x{kernel}/{stride} at {side}", "batch": batch}
+    row |= {f"{name} ms": round(1e3 * seconds, 3) for name, seconds in found.items()}
+    row |= {"adder / conv speed": round(found["conv"] / found["adder"], 3)}
+    pairs = grad.numel() * weight[0].numel()
+    row |= {"adder / cdist speed": round(found["cdist"] / found["adder"], 2)}
+    return row | {"Gpairs/s": round(pairs / found["adder"] / 1e9)}
+
+
+def measure_cuda(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the table of a GPU."""
+    global clock
+    clock = _synchronised
+    torch.backends.cudnn.allow_tf32 = False
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name(0), "threads": 0, "GHz": 0}
+    found |= {"kernels": f"Triton {gpu.describe()}", "clock": "wall, synchronised"}
+    found["ResNet-20, batch 256"] = [cuda_row(256, s, options.rounds) for s in RESNET20]
+    found["ResNet-18, batch 32"] = [cuda_row(32, s, options.rounds) for s in RESNET18]
+    return found
+
+
 @torch.no_grad()
 def network_rows(name: str, batch: int, side: int, rounds: int) -> list[dict]:
     """Time a whole network in torch: products, differences, bytes."""
@@ -184,10 +229,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--busy", action="store_true", help="processor time: one thread on a machine with other load")
+    parser.add_argument("--cuda", action="store_true", help="the Triton kernels")
     parser.add_argument("--page", action="store_true", help="only write the page of the results in --out")
     options = parser.parse_args()
     if not options.page:
-        options.out.write_text(json.dumps(measure(options), indent=1) + "\n")
+        found = measure_cuda(options) if options.cuda else measure(options)
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
     text = page(json.loads(options.out.read_text()))
     options.out.with_suffix(".md").write_text(text)
     print(text)
