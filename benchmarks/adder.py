@@ -211,7 +211,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def page(found: dict[str, Any]) -> str:
     """Return the tables as a page."""
-    lines = ["# Adder convolutions on a CPU", "", *str(__doc__).strip().splitlines()[5:], ""]
+    kind = "a GPU" if "GHz" in found and not found["GHz"] else "a CPU"
+    lines = [f"# Adder convolutions on {kind}", "", "Shapes" + str(__doc__).partition("\nShapes")[2].rstrip(), ""]
     lines += [f"{found['device']}, {found['threads']} thread(s), {found['GHz']} GHz, kernels: {found['kernels']}, "]
     lines[-1] += f"times: {found['clock']}."
     lines.append("")
