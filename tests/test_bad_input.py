@@ -235,3 +235,27 @@ def test_a_method_for_training_without_training(refused, saved, photos, tmp_path
 def test_an_unmet_bound_exits_1(refused, saved, photos, tmp_path):
     line = refused("export", saved, "--out", tmp_path / "e", "--format", "onnx", "--min-speedup", "1000", code=1)
     assert "1000" in line
+
+
+SR = {"name": "edsr_baseline_x2", "options": {"depth": 1, "width": 4, "img_size": 8}}
+
+
+def test_a_scale_the_model_lacks(refused, recipe, tmp_path):
+    line = refused("run", recipe(model=SR, task={"super_resolution": {"scale": 3}}), "--out", tmp_path / "o")
+    assert "scale 3 was asked for" in line and "enlarges by 2" in line
+
+
+def test_images_smaller_than_a_patch(refused, recipe, tmp_path):
+    line = refused("run", recipe(model=SR, task={"super_resolution": {"patch": 48}}), "--out", tmp_path / "o")
+    assert "40x40 pixels, smaller than a patch of 96x96" in line
+
+
+def test_an_unknown_task(refused, recipe, tmp_path):
+    line = refused("run", recipe(model=SR, task="super_resoluton"), "--out", tmp_path / "o")
+    assert "did you mean 'super_resolution'" in line
+
+
+def test_a_picture_that_is_none(refused, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"nothing")
+    model = api.save(load_model(SR["name"], **SR["options"]), tmp_path / "sr")
+    assert "cannot be read" in refused("upscale", tmp_path / "a.png", tmp_path / "b.png", "--model", model)

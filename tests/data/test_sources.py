@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from gossamer.core.errors import DataError
+from gossamer.data.images import Remembered
 from gossamer.data.loading import batches
 from gossamer.data.sources import check_classes, from_dataset, hold_out, open_data, take
 from gossamer.data.transforms import eval_transform
@@ -239,3 +241,18 @@ def test_held_out_images_are_disjoint_and_follow_the_seed(folder: Path):
     assert hold_out(source, 0.25, seed=4)[1].names != held.names
     with pytest.raises(DataError, match="leaves a part empty"):
         hold_out(source, 0.01, seed=0)
+
+
+def test_remembered_pictures_are_decoded_once_within_the_limit() -> None:
+    met: list[int] = []
+
+    def read(index: int) -> Image.Image:
+        met.append(index)
+        return Image.new("RGB", (10, 10), (index, 0, 0))
+
+    keep = Remembered(read, limit=2 * 300)
+    for index in (0, 1, 2, 0, 1, 2):
+        assert keep(index).getpixel((0, 0)) == (index, 0, 0)
+    assert met == [0, 1, 2, 2]
+    keep.read = None  # type: ignore[assignment]
+    assert pickle.loads(pickle.dumps(keep))._kept == {}

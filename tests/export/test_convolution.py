@@ -139,3 +139,40 @@ def test_narrow_weights_fill_int8(tmp_path):
         if v.dtype == ir.DataType.INT8 and v.const_value.size > 64
     ]
     assert tops and min(tops) == 126
+
+
+class Shuffled(nn.Module):
+    """A convolution, a pixel shuffle and a PReLU, read by two layers on the same grid whose results are added."""
+
+    def __init__(self, bits):
+        super().__init__()
+        torch.manual_seed(0)
+        grids = LayerGrids(8, bits)
+        self.first = int8_layer(nn.Conv2d(3, 16, 3, padding=1), LayerGrids(8, 8, input_grid="unsigned"), 0.003, 1 / 255)
+        self.middle = int8_layer(nn.Conv2d(4, 16, 3, padding=1), grids, 0.003, 1.0 / 2**bits)
+        self.left, self.right = (int8_layer(nn.Conv2d(4, 4, 3, padding=1), grids, 0.003, 1.0 / 2**bits) for _ in "ab")
+        self.shuffle, self.act = nn.PixelShuffle(2), nn.PReLU()
+
+    def forward(self, x):
+        y = self.shuffle(self.middle(self.act(self.shuffle(self.first(x)))))
+        return self.left(y) + self.right(y)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES.values())
+@pytest.mark.parametrize("bits", [4, 8])
+def test_shared_values_are_rounded_once_and_before_they_are_shuffled(bits, runtime, tmp_path):
+    model = Shuffled(bits).eval()
+    with torch.no_grad():
+        want = model(IMAGES).numpy()
+    graph = trace(model, IMAGES)
+    lay_out(graph, runtime)
+    nodes = list(graph.graph)
+    kinds = Counter(n.op_type for n in nodes)
+    assert kinds["QuantizeLinear"] == 3  # the tracer merges what two readers round alike
+    assert kinds["PRelu"] == (0 if runtime == "onnxruntime" else 1)
+    last = [n for n in nodes if n.op_type == "DepthToSpace"][-1]
+    assert last.inputs[0].producer().op_type == ("QuantizeLinear" if bits == 8 else "Clip")
+    write(graph, tmp_path / "model.onnx")
+    got = get(runtime).load(tmp_path / "model.onnx", precision="f32", threads=1).run(IMAGES.numpy())
+    allowed = 5e-3 if bits == 8 else 2e-2  # a value on a border may fall to the next code, and codes of 4 bits are far
+    assert np.linalg.norm(got - want) < allowed * np.linalg.norm(want)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import CommonSubexpressionEliminationPass, DeduplicateInitializersPass
 
 from gossamer.export.rewrite import (
     add_constant,
@@ -31,19 +30,12 @@ __all__ = [
     "merge_half_levels",
     "round_before_pooling",
     "round_before_shuffling",
-    "share_rounding",
     "use_leaky_relu",
     "use_products_for_patches",
 ]
 
 _MONOTONE = ("Relu", "Clip", "MaxPool")
 """What may stand between a convolution and the quantizer that a runtime fuses with it."""
-
-
-def share_rounding(model: ir.Model) -> None:
-    """Let a value that several readers round to the same grid be rounded once."""
-    DeduplicateInitializersPass()(model)
-    CommonSubexpressionEliminationPass()(model)
 
 
 def use_leaky_relu(model: ir.Model) -> None:
