@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from timm.models import register_model
 from torch import Tensor, nn
+
+from gossamer.models.entry_points import register
 
 __all__ = ["CifarResNet", "MobileNetV2Cifar", "PreActResNet"]
 
@@ -236,66 +237,8 @@ class MobileNetV2Cifar(nn.Module):
         return self.fc(self.pool(x).flatten(1))
 
 
-def _build(kind: type[nn.Module], options: dict[str, Any]) -> nn.Module:
-    """Drop what timm passes to every entry point and these networks do not take."""
-    return kind(**{k: v for k, v in options.items() if not k.startswith(("pretrained", "cache_dir"))})
-
-
-@register_model
-def resnet8_cifar(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Return a ResNet-8 for 32 x 32 images."""
-    return _build(CifarResNet, {"name": "resnet8_cifar", "depth": 8, **options})
-
-
-@register_model
-def resnet20_cifar(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Return a ResNet-20 for 32 x 32 images."""
-    return _build(CifarResNet, {"name": "resnet20_cifar", "depth": 20, **options})
-
-
-@register_model
-def resnet32_cifar(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Return a ResNet-32 for 32 x 32 images."""
-    return _build(CifarResNet, {"name": "resnet32_cifar", "depth": 32, **options})
-
-
-@register_model
-def preact_resnet8(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Return a PreAct ResNet-8."""
-    return _build(PreActResNet, {"name": "preact_resnet8", "depth": 8, **options})
-
-
-@register_model
-def preact_resnet20(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Return a PreAct ResNet-20."""
-    return _build(PreActResNet, {"name": "preact_resnet20", "depth": 20, **options})
-
-
-@register_model
-def preact_resnet32(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Return a PreAct ResNet-32."""
-    return _build(PreActResNet, {"name": "preact_resnet32", "depth": 32, **options})
-
-
-@register_model
-def preact_resnet44(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Return a PreAct ResNet-44."""
-    return _build(PreActResNet, {"name": "preact_resnet44", "depth": 44, **options})
-
-
-@register_model
-def preact_resnet56(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Return a PreAct ResNet-56."""
-    return _build(PreActResNet, {"name": "preact_resnet56", "depth": 56, **options})
-
-
-@register_model
-def preact_resnet110(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Return a PreAct ResNet-110."""
-    return _build(PreActResNet, {"name": "preact_resnet110", "depth": 110, **options})
-
-
-@register_model
-def mobilenetv2_cifar(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Return MobileNetV2 for 32 x 32 images."""
-    return _build(MobileNetV2Cifar, {"name": "mobilenetv2_cifar", **options})
+for _depth in (8, 20, 32):
+    register(f"resnet{_depth}_cifar", CifarResNet, depth=_depth)
+for _depth in (8, 20, 32, 44, 56, 110):
+    register(f"preact_resnet{_depth}", PreActResNet, depth=_depth)
+register("mobilenetv2_cifar", MobileNetV2Cifar)

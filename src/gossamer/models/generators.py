@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any, Self
 
 import torch
-from timm.models import register_model
 from torch import Tensor, nn
 
 from gossamer.core.errors import ModelError
+from gossamer.models.entry_points import register
 
 __all__ = ["Generator", "ResNetGenerator", "UNetGenerator", "checkpoint_filter_fn", "norm_layer", "plain_init"]
 
@@ -269,55 +269,9 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str
     return {k: v for k, v in moved.items() if k in own or not k.endswith(unused)}
 
 
-def _build(kind: type[Generator], fixed: dict[str, Any], options: dict[str, Any]) -> nn.Module:
-    """Drop what timm passes to every entry point and these networks do not take."""
-    skipped = ("pretrained", "cache_dir", "num_classes")
-    return kind(**fixed, **{k: v for k, v in options.items() if not k.startswith(skipped)})
-
-
-@register_model
-def resnet_9blocks(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Return a ResNet generator with nine blocks."""
-    return _build(ResNetGenerator, {"name": "resnet_9blocks", "blocks": 9, "separable": False}, options)
-
-
-@register_model
-def resnet_6blocks(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Return a ResNet generator with six blocks."""
-    return _build(ResNetGenerator, {"name": "resnet_6blocks", "blocks": 6, "separable": False}, options)
-
-
-@register_model
-def mobile_resnet_9blocks(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Return a MobileResNet generator with nine blocks."""
-    return _build(ResNetGenerator, {"name": "mobile_resnet_9blocks", "blocks": 9, "separable": True}, options)
-
-
-@register_model
-def mobile_resnet_6blocks(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Return a MobileResNet generator with six blocks."""
-    return _build(ResNetGenerator, {"name": "mobile_resnet_6blocks", "blocks": 6, "separable": True}, options)
-
-
-@register_model
-def mobile_resnet_3blocks(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Return a MobileResNet generator with three blocks, for small pictures."""
-    return _build(ResNetGenerator, {"name": "mobile_resnet_3blocks", "blocks": 3, "separable": True}, options)
-
-
-@register_model
-def unet_256(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Return a U-Net with eight halvings."""
-    return _build(UNetGenerator, {"name": "unet_256", "depth": 8}, options)
-
-
-@register_model
-def unet_128(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Return a U-Net with seven halvings."""
-    return _build(UNetGenerator, {"name": "unet_128", "depth": 7}, options)
-
-
-@register_model
-def unet_32(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Return a U-Net with five halvings, for small pictures."""
-    return _build(UNetGenerator, {"name": "unet_32", "depth": 5}, options)
+for _blocks in (9, 6):
+    register(f"resnet_{_blocks}blocks", ResNetGenerator, drop=("num_classes",), blocks=_blocks, separable=False)
+for _blocks in (9, 6, 3):  # three: for small pictures
+    register(f"mobile_resnet_{_blocks}blocks", ResNetGenerator, drop=("num_classes",), blocks=_blocks, separable=True)
+for _side, _halvings in ((256, 8), (128, 7), (32, 5)):
+    register(f"unet_{_side}", UNetGenerator, drop=("num_classes",), depth=_halvings)

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.models import register_model
 from torch import Tensor, nn
 
 from gossamer.core.errors import ModelError
+from gossamer.models.entry_points import register
 from gossamer.ops.sums import Add
 
 __all__ = ["EDSR", "Judge", "SRResNet", "checkpoint_filter_fn", "register_scales", "sr_config"]
@@ -222,20 +221,10 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str
 
 
 # -- entry points ----------------------------------------------------------------------------------
-def _register(name: str, kind: type[nn.Module], **fixed: Any) -> None:
-    def make(pretrained: bool = False, **options: Any) -> nn.Module:
-        given = {k: v for k, v in options.items() if not k.startswith(("pretrained", "cache_dir"))}
-        return kind(name, **{**fixed, **given})
-
-    make.__name__, make.__module__ = name, kind.__module__
-    make.__doc__ = f"Return {kind.__name__} with {fixed}."
-    setattr(sys.modules[kind.__module__], name, register_model(make))
-
-
 def register_scales(name: str, kind: type[nn.Module], scales: Sequence[int], **fixed: Any) -> None:
     """Register ``name_x2`` and so on with timm: functions that make ``kind`` with a scale and ``fixed`` options."""
     for scale in scales:
-        _register(f"{name}_x{scale}", kind, scale=scale, **fixed)
+        register(f"{name}_x{scale}", kind, scale=scale, **fixed)
 
 
 register_scales("edsr_baseline", EDSR, SCALES)
