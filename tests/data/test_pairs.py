@@ -75,6 +75,16 @@ def test_made_pairs(domains: Path) -> None:
     assert (drawn[:, 11:13] == 255 - 2 * 110).all() and (drawn[:, :11] == 255).all() and (drawn[:, 13:] == 255).all()
 
 
+def test_turned(domains: Path) -> None:
+    spec = f"grey:folder:{domains}#trainA"
+    one, other = open_pairs(spec)[1].image, open_pairs(f"turned:{spec}")[1].image
+    assert same(one.image, other.target) and same(one.target, other.image)
+    loose = open_pairs(f"turned:{spec}", paired=False)
+    assert not is_paired(loose) and same(loose[1].image.image, picture(1))
+    back = serial(open_pairs(f"turned:domains:{domains}"))
+    assert len(back) == 5 and same(back[4].image.image, picture(11)) and same(back[4].image.target, picture(4))
+
+
 def test_unpaired_domains_of_different_sizes(domains: Path) -> None:
     source = open_pairs(f"domains:{domains}")
     assert len(source) == 5 and not is_paired(source) and not is_paired(take(source, [0, 1]))
@@ -145,6 +155,7 @@ def test_a_broken_picture_of_either_domain_is_skipped_and_named(domains: Path) -
         ("folder:{0}#trainA", None, "names no pairs; expected side:PATH"),
         ("sides:{0}", None, "did you mean 'side'"),
         ("grey:", None, "names no pairs"),
+        ("turned:folder:{0}", None, "names no pairs"),
     ],
 )
 def test_bad_specifications_are_refused(domains: Path, spec: str, paired, says: str) -> None:

@@ -26,10 +26,12 @@ from gossamer.models.preprocessing import Preprocessing
 __all__ = ["Pair", "PairTransform", "is_paired", "open_pairs", "pair_sources", "serial"]
 
 ARROWS = {"=>": True, "->": False}
+TURNED = "turned"
 HALF = (0.5,)
 ALLOWED = (
     "side:PATH (pictures with A left and B right), domains:PATH[#train] (folders trainA and trainB), grey:SPEC, "
-    "edges:SPEC (made from the pictures of SPEC), 'SPEC_A -> SPEC_B' (without pairs) or 'SPEC_A => SPEC_B' (pairs)"
+    "edges:SPEC (made from the pictures of SPEC), 'SPEC_A -> SPEC_B' (without pairs) or 'SPEC_A => SPEC_B' (pairs), "
+    "turned: before it to exchange A and B"
 )
 
 
@@ -86,6 +88,15 @@ class _Made:
     def __call__(self, index: int) -> Any:
         picture = self.source._read(index)
         return Pair(MADE[self.kind](picture), picture)
+
+
+@dataclass(frozen=True)
+class _Turned:
+    source: ImageSource
+
+    def __call__(self, index: int) -> Any:
+        pair: Any = self.source._read(index)
+        return Pair(pair.target, pair.image)
 
 
 @dataclass(frozen=True)
@@ -195,6 +206,21 @@ def _domains(rest: str, spec: str, paired: bool) -> ImageSource:
     return pair_sources(a, b, paired=paired, what=spec)
 
 
+def _turned(inner: str, spec: str, paired: bool | None) -> ImageSource:
+    """Return the pairs of ``inner`` the other way round."""
+    found = open_pairs(inner, paired=True if paired is False and not _loose(inner) else paired)
+    read = found._read
+    if isinstance(read, _Unpaired):
+        return pair_sources(read.b, read.a, paired=False, what=spec)
+    turned = ImageSource(found.names, found.labels, _Turned(found), None, spec)
+    return turned if paired is not False else pair_sources(turned, turned, paired=False, what=spec)
+
+
+def _loose(spec: str) -> bool:
+    """Whether ``spec`` names two domains of their own, which may stay without pairs."""
+    return spec.startswith("domains:") or any(arrow in spec for arrow in ARROWS)
+
+
 def open_pairs(spec: str, *, paired: bool | None = None) -> ImageSource:
     """Return the pairs that ``spec`` names; each sample's ``image`` is a ``Pair``.
 
@@ -203,11 +229,15 @@ def open_pairs(spec: str, *, paired: bool | None = None) -> ImageSource:
             trainA and trainB of a folder or zip archive (unpaired; paired ones have the same names in both).
             ``grey:SPEC``, ``edges:SPEC``: B are the pictures of SPEC, A their brightness or their edges (paired).
             ``SPEC_A -> SPEC_B`` (unpaired), ``SPEC_A => SPEC_B`` (paired): any two data specifications.
+            ``turned:`` before any of these exchanges A and B.
         paired: Overrides what the form of ``spec`` says; see ``pair_sources``.
 
     Raises:
         DataError: Unknown kind, nothing there, or paired domains that do not match.
     """
+    head, _, inner = spec.partition(":")
+    if head == TURNED and inner:
+        return _turned(inner, spec, paired)
     for arrow, pairs in ARROWS.items():
         if arrow in spec:
             a, b = (open_data(s.strip(), labelled=False) for s in spec.split(arrow, 1))
@@ -218,7 +248,7 @@ def open_pairs(spec: str, *, paired: bool | None = None) -> ImageSource:
     if kind in ("side", *MADE) and rest:
         found = _made(kind, rest, spec)
         return found if paired is not False else pair_sources(found, found, paired=False, what=spec)
-    hint = nearest(kind, ("side", "domains", *MADE))
+    hint = nearest(kind, ("side", "domains", TURNED, *MADE))
     raise DataError(f"data {spec!r} names no pairs; expected {ALLOWED}{hint}")
 
 
