@@ -29,7 +29,10 @@ static inline Floats fused(Floats a, Floats b, Floats c) {
 static inline Floats splat(float v) { return Floats{v, v, v, v}; }
 static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 static inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
-static inline Floats magnitude(Floats d) { return larger(d, -d); }
+static inline Floats magnitude(Floats d) {
+  typedef int32_t Bits __attribute__((vector_size(4 * kWidth)));
+  return (Floats)((Bits)d & 0x7fffffff);
+}
 static inline Floats fused(Floats a, Floats b, Floats c) { return a * b + c; }
 #endif
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
@@ -604,6 +607,15 @@ static inline Bytes load_bytes(const uint8_t* p) {
 }
 static inline Bytes add_distance(Bytes sum, Bytes a, Bytes b) { return _mm256_add_epi64(sum, _mm256_sad_epu8(a, b)); }
 static inline Bytes no_bytes() { return _mm256_setzero_si256(); }
+#elif defined(__ARM_NEON)  // compiled for aarch64, not run there
+typedef uint64x2_t Bytes;
+static inline Bytes splat_bytes(const uint8_t* p) { return vreinterpretq_u64_u8(vcombine_u8(vld1_u8(p), vld1_u8(p))); }
+static inline Bytes load_bytes(const uint8_t* p) { return vreinterpretq_u64_u8(vld1q_u8(p)); }
+static inline Bytes add_distance(Bytes sum, Bytes a, Bytes b) {
+  const uint8x16_t d = vabdq_u8(vreinterpretq_u8_u64(a), vreinterpretq_u8_u64(b));
+  return vpadalq_u32(sum, vpaddlq_u16(vpaddlq_u8(d)));
+}
+static inline Bytes no_bytes() { return vdupq_n_u64(0); }
 #else
 struct Bytes {
   uint8_t b[16];
