@@ -60,5 +60,6 @@ def test_interpreted_triton_equals_plain() -> None:
 
 
 if __name__ == "__main__":
+    adder_gpu._STRETCH = 7  # several stretches of few pixels
     compare("cpu", SMALL)
     print("equal")

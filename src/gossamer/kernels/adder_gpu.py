@@ -17,7 +17,9 @@ if triton is not None:
 
 __all__ = ["forward", "input_grad", "takes", "weight_grad"]
 
-_PIXELS, _LANES = 64, 32
+_PIXELS, _LANES, _FILTERS = 64, 32, 16
+_STRETCH, _PROGRAMS = 512, 2048
+"""Fewest pixels that one program of the filters' gradient sums, and about how many programs there are to be."""
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -99,19 +101,20 @@ if triton is not None:
 
     @triton.jit
     def _weight_grad(  # noqa: PLR0913
-        g, x, w, out, total, C, H, W, F, OH, OW, gn, gc, gh, gw, sn, sc, sh, sw, p,
+        g, x, w, out, total, stretch, C, H, W, F, OH, OW, gn, gc, gh, gw, sn, sc, sh, sw, p,
         KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
         RULE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     ):  # fmt: skip
-        """One tap of M filters times N channels, over all pixels."""
+        """One tap of M filters times N channels, over one stretch of the pixels; out: [stretches, filters]."""
         o = tl.program_id(0) * M + tl.arange(0, M)
         c = tl.program_id(1) * N + tl.arange(0, N)
-        u, v = tl.program_id(2) // KW, tl.program_id(2) % KW
+        part, tap = tl.program_id(2) // (KH * KW), tl.program_id(2) % (KH * KW)
+        u, v = tap // KW, tap % KW
         mask = (o < F)[:, None] & (c < C)[None, :]
         place = ((o[:, None] * C + c[None, :]) * KH + u) * KW + v
         f = tl.load(w + place, mask=mask, other=0.0)
         acc = tl.zeros((M, N), dtype=tl.float32)
-        for m in range(total):
+        for m in range(part * stretch, tl.minimum(total, (part + 1) * stretch)):
             n, i, j = m // (OH * OW), (m // OW) % OH, m % OW
             h, k = i * SH + u - PH, j * SW + v - PW
             inside = (h >= 0) & (h < H) & (k >= 0) & (k < W)
@@ -119,7 +122,7 @@ if triton is not None:
             grad = tl.load(g + n.to(tl.int64) * gn + i * gh + j * gw + o * gc, mask=o < F, other=0.0)
             d = a[None, :] - f
             acc += grad[:, None] * _ruled(d, p, RULE)
-        tl.store(out + place, acc, mask=mask)
+        tl.store(out + part.to(tl.int64) * (F * C * KH * KW) + place, acc, mask=mask)
 
 
 def _sizes(shape: AdderShape) -> tuple[int, ...]:
@@ -154,12 +157,14 @@ def input_grad(grad: Tensor, x: Tensor, weight: Tensor, shape: AdderShape, rule:
 
 
 def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, shape: AdderShape, rule: str, p: float) -> Tensor:
-    """Return ``sum_pixels g * rule(x - w)`` of the shape of ``weight``."""
-    weight = weight.contiguous()
-    out, total = torch.empty_like(weight), shape.batch * shape.out[0] * shape.out[1]
-    grid = (triton.cdiv(shape.filters, 16), triton.cdiv(shape.channels, 16), shape.kernel[0] * shape.kernel[1])
-    _weight_grad[grid](
-        grad, x, weight, out, total, *_sizes(shape), *grad.stride(), *x.stride(), p,
-        **_geometry(shape), RULE=RULES.index(rule), M=16, N=16,
+    """Return ``sum_pixels g * rule(x - w)`` of the shape of ``weight``; stretches of pixels are summed in order."""
+    weight, total = weight.contiguous(), shape.batch * shape.out[0] * shape.out[1]
+    tiles = (triton.cdiv(shape.filters, _FILTERS), triton.cdiv(shape.channels, _FILTERS))
+    taps = shape.kernel[0] * shape.kernel[1]
+    parts = max(1, min(triton.cdiv(total, _STRETCH), _PROGRAMS // (tiles[0] * tiles[1] * taps)))
+    out = torch.empty((parts, *weight.shape), device=weight.device)
+    _weight_grad[(*tiles, taps * parts)](
+        grad, x, weight, out, total, triton.cdiv(total, parts), *_sizes(shape), *grad.stride(), *x.stride(), p,
+        **_geometry(shape), RULE=RULES.index(rule), M=_FILTERS, N=_FILTERS,
     )  # fmt: skip
-    return out
+    return out.sum(0)
