@@ -3,6 +3,7 @@
     python benchmarks/dcd.py --data ../shared/data --out runs/dcd                 # everything, one after the other
     python benchmarks/dcd.py --data ../shared/data --out runs/dcd --jobs 12       # on a GPU: all arms side by side
     python benchmarks/dcd.py --data ../shared/data --out runs/dcd --table         # the table of what is there
+    python benchmarks/dcd.py --data ../shared/data --out runs/dcd --speed         # published sizes in the runtimes
 
 Two tasks: ``pairs`` (pix2pix: the edges of a photograph to the photograph, 5,000 training pictures of all classes) and
 ``domains`` (CycleGAN: horses to deer, 5,000 each). Two figures in the features of a ViT-Ti/16, which no arm is trained
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import gossamer as gs
 from gossamer.core.method import Method
 from gossamer.core.schedule import Batch, Loader, Phase, Step
 from gossamer.core.stack import Stack
@@ -195,6 +197,19 @@ def table(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def speed(args: argparse.Namespace) -> str:
+    """Time the published teacher and student (64 and 16 channels, 256 x 256, batch 1) side by side."""
+    pair = [load_model("mobile_resnet_9blocks", width=w) for w in (64, 16)]
+    found = gs.bench(pair, batch=(1,), threads=max(1, args.threads), runtime=["openvino", "onnxruntime", "torch"])
+    (args.out / "speed.json").write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
+    lines = ["| model | runtime | precision | ms | IQR | first / this | trusted |", "|" + " --- |" * 7]
+    for row in found:
+        cells = [f"{row[k]:.2f}" for k in ("median_ms", "iqr_ms", "ratio")]
+        trusted = "yes" if row.get("trusted", True) else "no"
+        lines.append(f"| {row['model']} | {row['runtime']} | {row['precision']} | {' | '.join(cells)} | {trusted} |")
+    return "\n".join(lines)
+
+
 def together(args: argparse.Namespace, wanted: list[tuple[str, str, int]]) -> None:
     """Run arms in processes of their own, ``args.jobs`` at a time."""
     shared = [a for a in sys.argv[1:] if not a.startswith("--jobs")]
@@ -233,9 +248,13 @@ def main() -> None:
     parser.add_argument("--only", help="task/arm/seed")
     parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--speed", action="store_true")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     wanted = [(t, a, s) for s in range(args.seeds) for t in args.tasks for a in args.arms]
+    if args.speed:
+        print(speed(args))
+        return
     if args.only:
         task, arm, seed = args.only.split("/")
         one(args, task, arm, int(seed))
