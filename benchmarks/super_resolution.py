@@ -131,11 +131,16 @@ def float_model(out: Path, data: Path, size: dict[str, Any], scale: int) -> None
     folder = out / f"x{scale}" / "model"
     if not (folder / "model.json").is_file():
         start = {"name": f"edsr_baseline_x{scale}", "options": size["model"]}
-        run = recipe(start, data, size, steps=size["float"], lr=2e-4)
+        run = recipe(start, data, size, steps=size["float"], lr=4e-4)
         model, ready = trained(run, folder.parent / "training")
         found = scores(model, ready, data, scale, size["images"])
         (folder.parent / "float.json").write_text(json.dumps(found))
         save(model.cpu(), folder)
+
+
+def _part(given: argparse.Namespace) -> tuple[int, int]:
+    part, parts = (given.part or "0/1").split("/")
+    return int(part), int(parts)
 
 
 def jobs(size: dict[str, Any], only: str) -> list[tuple[str, int]]:
@@ -146,9 +151,7 @@ def jobs(size: dict[str, Any], only: str) -> list[tuple[str, int]]:
 
 def accuracy(out: Path, data: Path, size: dict[str, Any], scale: int, given: argparse.Namespace) -> None:
     """Run this process's part for one scale; without parts, print mean and deviation over the seeds."""
-    part, parts = (int(n) for n in (given.part or "0/1").split("/"))
-    if part == scale % parts and not given.table:
-        float_model(out, data, size, scale)
+    part, parts = _part(given)
     while not (out / f"x{scale}" / "model" / "model.json").is_file():
         time.sleep(2)  # another process trains it
     table: dict[str, list[dict[str, Any]]] = {}
@@ -212,6 +215,10 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     size = {**COMMON, **SIZES[given.size], "workers": given.workers, "seeds": given.seeds}
+    part, parts = _part(given)
+    for k, scale in enumerate(given.scales if not (given.speed or given.table) else ()):
+        if k % parts == part:  # the others wait for it
+            float_model(given.out, given.data, {**size, "workers": 4 * given.workers}, scale)
     for scale in given.scales:
         if given.speed:
             speed(given.out, size, scale, given.side)
