@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from typer.testing import CliRunner
 from gossamer import api, cli
 from gossamer.core.errors import DataError, ModelError, RecipeError
 from gossamer.models.build import load_model
+from gossamer.pipeline import compressing
+from gossamer.pipeline.setup import set_up
+from gossamer.tasks.super_resolution import SuperResolution
 
 SMALL = {"depth": 1, "width": 8, "img_size": 16}
 
@@ -115,3 +119,16 @@ def test_peak_memory_follows_the_tile(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((90, 160, 3), np.uint8)).save(tmp_path / "a.png")
     api.upscale(tmp_path / "a.png", tmp_path / "b.png", model, tile=48, overlap=8)
     assert max(seen) <= 48 * 48 and len(seen) > 4
+
+
+def test_compress_takes_the_task_from_the_model(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(compressing, "execute", lambda recipe, folder, **rest: calls.append({"recipe": recipe, **rest}))
+    saved = api.save(_tiny(), tmp_path / "saved")
+    api.compress(str(saved), f"folder:{photos}", ["fqsr"], train={"steps": 2}, out=tmp_path / "run", progress=False)
+    call = calls[0]
+    setup = set_up(call["recipe"], methods=call["methods"], sources=call["sources"])
+    assert setup.task == SuperResolution(scale=2) and len(setup.evaluation) == 2
+    assert {n: len(v.source) for n, v in setup.loaders.items()} == dict.fromkeys(setup.loaders, 6)
