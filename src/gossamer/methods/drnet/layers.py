@@ -63,12 +63,14 @@ class DynamicResolution(nn.Module):
     Attributes:
         fixed: Index of the size that all images take, while the predictor is not in use.
         shares: Share of the images that each size was measured to take; before that, all take the largest.
+        dense: In drawn passes, let the choice's gradient see what the sizes not chosen would have said.
     """
 
     def __init__(self, net: nn.Module, router: nn.Module, sizes: Sequence[int], base: int, least: int = 2) -> None:
         super().__init__()
         self.net, self.router = net, router
         self.sizes, self.base, self.least = tuple(sizes), base, least
+        self.dense = False
         self.fixed: int | None = 0
         self.shares = (1.0, *[0.0] * (len(self.sizes) - 1))
         self._draw: tuple[float, Callable[[], torch.Generator]] | None = None
@@ -96,7 +98,18 @@ class DynamicResolution(nn.Module):
         choice = straight_through(scores, gumbel_noise(scores.shape, generator()), heat)
         index = choice.argmax(1)
         self._choice = choice
-        return route(images, index, branches) * choice.gather(1, index[:, None])
+        out = route(images, index, branches) * choice.gather(1, index[:, None])
+        return out + self._unchosen(images, choice) if self.dense else out
+
+    def _unchosen(self, images: Tensor, choice: Tensor) -> Tensor:
+        """Return the sum over sizes not chosen of their logits times their entries of the choice: 0, with a gradient.
+
+        Their passes train nothing and leave the norms' statistics alone.
+        """
+        with torch.no_grad(), _held(self.net):
+            said = torch.stack([self.at(j, images) for j in range(len(self.sizes))], 1)
+        left = choice * (choice.detach() == 0)
+        return (left[:, :, None] * said).sum(1)
 
     @contextmanager
     def drawing(self, heat: float, generator: Callable[[], torch.Generator]) -> Iterator[None]:

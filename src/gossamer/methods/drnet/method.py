@@ -52,6 +52,9 @@ class DRNet(Method):
         eta: Weight of the budget term.
         tau: Temperature of the straight-through gradient.
         tau_end: Temperature at the end of the training, reached by equal factors; null: constant, as released.
+        dense: Also run the sizes that were not chosen, forward alone, so that the predictor learns from what they would
+            have said (published: no). Costs their forward passes; in short trainings the predictor otherwise tends to
+            settle on one size for all images.
         resolution_norm: Private copies of the norms for every size; off: shared ones (ablation).
         shared_shortcut_bn: Norms on shortcuts common to all sizes, as in the released code.
         multires_steps: Steps of the training at all resolutions that comes first; null: 0.7 of the recipe's own.
@@ -74,6 +77,7 @@ class DRNet(Method):
     eta: float = 0.2
     tau: float = 1.0
     tau_end: float | None = None
+    dense: bool = False
     resolution_norm: bool = True
     shared_shortcut_bn: bool = False
     multires_steps: int | None = None
@@ -131,7 +135,7 @@ class DRNet(Method):
         edit: Edit = {
             "do": "wrap", "sizes": sizes, "base": height, "channels": channels, "choices": len(sizes), "macs": macs,
             "predictor": self.predictor, "predictor_size": side, "own_norms": self.resolution_norm,
-            "shared_shortcuts": self.shared_shortcut_bn, "least": self.smallest_part,
+            "shared_shortcuts": self.shared_shortcut_bn, "least": self.smallest_part, "dense": self.dense,
         }  # fmt: skip
         edit["predictor_macs"] = cost(_router(edit), (channels, height, width), saved=False).macs
         return {**edit, "target": self._target(edit)}
@@ -186,6 +190,7 @@ class DRNet(Method):
             if edit["own_norms"]:
                 give_norms(model, edit["sizes"], shared_shortcuts=edit["shared_shortcuts"])
             wrapped = DynamicResolution(model, _router(edit), edit["sizes"], edit["base"], edit["least"])
+            wrapped.dense = edit["dense"]
             return wrapped.train(model.training)
         assert isinstance(model, DynamicResolution)  # noqa: S101 - made so by the edit before
         if edit["do"] == "route":

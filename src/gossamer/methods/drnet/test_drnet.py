@@ -208,6 +208,28 @@ def test_the_gradient_reaches_the_predictor_through_the_choice() -> None:
     torch.testing.assert_close(scores.grad.sum(1), torch.zeros(5), rtol=0, atol=1e-6)
 
 
+def test_the_dense_form_adds_gradient_and_nothing_else() -> None:
+    found = []
+    for dense in (False, True):
+        model = wrapped().train()
+        model.dense = dense
+        with model.drawing(1.0, lambda: torch.Generator().manual_seed(1)):
+            out = model(images())
+            choice = model.take_choice()
+            choice.retain_grad()
+            F.cross_entropy(out, torch.arange(6)).backward()
+        weights = {n: p.grad for n, p in model.net.named_parameters() if p.grad is not None}
+        found.append((out.detach(), choice.grad, weights, dict(model.net.named_buffers())))
+    (out, grad, weights, buffers), (out2, grad2, weights2, buffers2) = found
+    torch.testing.assert_close(out2, out)
+    assert (grad != 0).sum(1).tolist() == [1] * 6 and (grad2 != 0).all()
+    torch.testing.assert_close(grad2[grad != 0], grad[grad != 0])
+    for mine, theirs in ((weights2, weights), (buffers2, buffers)):
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            torch.testing.assert_close(mine[name], value)
+
+
 def test_the_budget_term_is_a_hinge_between_0_and_1() -> None:
     macs, scores = [100.0, 60.0, 20.0], torch.zeros(4, 3)
     for index, target, expected in (
