@@ -1,9 +1,9 @@
 """Native (C++) and Triton code behind ``ops``; every kernel has a plain-torch reference there.
 
-``cpu`` holds the kernels of the extension module ``_native``, which the package's build compiles where it
-finds a compiler; ``gpu`` the Triton kernels. Both are optional: ``ops`` asks ``available()`` and takes the
-plain path otherwise. A new kernel is one ``.inl`` file under ``native/``, an entry of the table in
-``native/kernels.hpp``, a binding in ``native/module.cpp`` and a checked call in ``cpu``.
+``cpu`` and ``adder_cpu`` call the extension module ``_native``, which the package's build compiles where it
+finds a compiler; ``gpu`` and ``adder_gpu`` hold the Triton kernels. Both are optional: ``ops`` asks what takes
+a tensor and goes the plain way otherwise. A new kernel is one ``.inl`` file under ``native/``, an entry of the
+table in ``native/kernels.hpp``, a binding (``native/module.cpp``, ``native/adder_module.cpp``) and a checked call.
 """
 
 from __future__ import annotations
