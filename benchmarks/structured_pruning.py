@@ -182,7 +182,7 @@ def show(results: dict[str, Any], dense: float) -> None:
 def measure(out: Path) -> None:
     """Time every saved model of seed 0 beside the dense one in OpenVINO and print predicted and measured shares."""
     folders = sorted((out / "models").glob("*-0"))
-    rows = gs.bench([str(out / "dense"), *map(str, folders)], batch=64, threads=2, runtime="openvino")
+    rows = gs.bench([str(out / "dense"), *map(str, folders)], batch=[64], threads=2, runtime="openvino")
     results = json.loads((out / "results.json").read_text())
     for row in rows:
         key = Path(row["model"]).name.rpartition("-")[0].replace("_", " ") + "/0"

@@ -189,14 +189,14 @@ def evaluate(
 
 
 def bench(
-    models: Sequence[nn.Module | str] | nn.Module | str, batch: Sequence[int] = (1, 8), threads: int = 2,
+    models: Sequence[nn.Module | str] | nn.Module | str, batch: int | Sequence[int] = (1, 8), threads: int = 2,
     runtime: str | Sequence[str] = "openvino", *, precision: str | None = None, rounds: int = 7,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Time models side by side in one interleaved run.
 
     Args:
         models: Modules, MODEL specs or graph files; ratios are against the first.
-        batch: Batch sizes.
+        batch: One batch size or several.
         threads: Threads.
         runtime: One runtime or several.
         precision: ``f32`` or ``bf16``; default: every precision the CPU runs natively.
@@ -208,8 +208,9 @@ def bench(
     """
     listed = [models] if isinstance(models, str) or not isinstance(models, Sequence) else list(models)
     runtimes = [runtime] if isinstance(runtime, str) else list(runtime)
+    sizes = [batch] if isinstance(batch, int) else list(batch)
     return _import("pipeline.benching").bench(
-        listed, batch=batch, threads=threads, runtimes=runtimes, precision=precision, rounds=rounds
+        listed, batch=sizes, threads=threads, runtimes=runtimes, precision=precision, rounds=rounds
     )
 
 

@@ -21,5 +21,5 @@ def test_ratios_are_against_the_first_model_even_where_names_are_alike() -> None
 
 
 def test_a_module_without_timms_configuration_needs_none() -> None:
-    (row,) = api.bench(nn.Sequential(nn.Flatten(), nn.Linear(3 * 224 * 224, 2)), [2], 1, "torch", precision="f32")
+    (row,) = api.bench(nn.Sequential(nn.Flatten(), nn.Linear(3 * 224 * 224, 2)), 2, 1, "torch", precision="f32")
     assert row["model"] == "Sequential" and row["batch"] == 2
