@@ -15,9 +15,9 @@ from gossamer.core.errors import GossamerError, ModelError, RecipeError, nearest
 from gossamer.cost.counting import Product, Trace, trace
 from gossamer.cost.energy import energy_pj
 from gossamer.cost.saved import SavedTensor, by_operator, saved_tensors
+from gossamer.ops.modes import evaluating
 from gossamer.ops.routing import Routed, deployed, every_branch
 from gossamer.runtimes.session import first_line
-from gossamer.runtimes.torch_runtime import evaluating
 
 __all__ = ["CONVENTION", "BranchCost", "Cost", "LayerCost", "cost", "default_example"]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gossamer.core.errors import DataError
+from gossamer.ops.modes import evaluating
 
 __all__ = ["norms_frozen", "reestimate_norms"]
 
@@ -42,23 +43,20 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> int:
         DataError: No batch.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    modes = [(m, m.training) for m in model.modules()]
     momenta = [m.momentum for m in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # torch's cumulative average
-        norm.training = True
     count = 0
     try:
-        for images in batches:
-            model(images)
-            count += 1
+        with evaluating(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # torch's cumulative average
+                norm.training = True
+            for images in batches:
+                model(images)
+                count += 1
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for module, mode in modes:
-            module.training = mode
     if not count:
         raise DataError("batch norms: no batch to take statistics from; give at least one")
     return len(norms)

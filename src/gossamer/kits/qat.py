@@ -25,6 +25,7 @@ from gossamer.models.contracts import replace_module
 from gossamer.ops.grids import LayerGrids
 from gossamer.ops.int8 import int8_layer
 from gossamer.ops.liq import FLOAT_BITS, LIQConv2d, LIQLinear, check_width
+from gossamer.ops.modes import evaluating
 from gossamer.ops.quant import max_scale
 from gossamer.ops.switchable import SwitchableNorm
 
@@ -166,19 +167,17 @@ def _look(model: nn.Module, layers: Sequence[str], example: Tensor) -> _Seen:
 
         return hook
 
-    modes = [(m, m.training) for m in model.modules()]
     for name, module in model.named_modules():
         if name in layers:
             handles.append(module.register_forward_pre_hook(layer_hook(name)))
         elif isinstance(module, _BatchNorm):
             handles.append(module.register_forward_pre_hook(norm_hook(name)))
     try:
-        model.eval()(example)
+        with evaluating(model):
+            model(example)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
     return seen
 
 
@@ -364,20 +363,16 @@ def init_clips(model: nn.Module, images: Tensor, how: str = "paper") -> None:
         _start_input(layer, args[0], how)
         layer.select(kept)
 
-    modes = [(m, m.training) for m in model.modules()]
     handles = [m.register_forward_pre_hook(start) for m in qat_layers(model).values()]
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.train()
     try:
-        with norms_frozen(model):
+        with evaluating(model), norms_frozen(model):
+            for module in model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.train()
             model(images)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
 
 
 @torch.no_grad()

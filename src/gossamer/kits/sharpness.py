@@ -21,6 +21,7 @@ from gossamer.core.errors import RecipeError
 from gossamer.core.method import Grads
 from gossamer.core.schedule import Batch, Step
 from gossamer.kits.norm_statistics import norms_frozen
+from gossamer.ops.modes import evaluating
 
 __all__ = [
     "ADAPTIVE",
@@ -256,13 +257,11 @@ def measure_sharpness(
     total = sum(len(b["image"]) for b in data)
     params = list(model.parameters())
     before = [(p, p.grad, p.requires_grad) for p in params]
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     for p in params:
         p.grad = None
         p.requires_grad_(True)
     try:
-        with _offsets(model, ascent), torch.enable_grad():
+        with evaluating(model), _offsets(model, ascent), torch.enable_grad():
             plain = 0.0
             for b in data:
                 value = loss(model, b) * (len(b["image"]) / total)
@@ -275,6 +274,4 @@ def measure_sharpness(
         for p, grad, flag in before:
             p.grad = grad
             p.requires_grad_(flag)
-        for m, mode in modes:
-            m.training = mode
     return Sharpness(plain, high)

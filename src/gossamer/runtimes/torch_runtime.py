@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from gossamer.core.errors import ModelError, StateError
+from gossamer.ops.modes import evaluating
 from gossamer.runtimes.session import OpClock, OpTime, Runtime, Session
 
-__all__ = ["Torch", "TorchSession", "evaluating"]
+__all__ = ["Torch", "TorchSession"]
 
 _INT8_PRODUCTS = ("aten::_int_mm", "quantized::linear", "quantized::conv", "onednn::qlinear", "onednn::qconv")
 _PRODUCTS = (
@@ -38,18 +39,6 @@ def _pinned(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into evaluation mode and restore every module's mode afterwards."""
-    training = [m for m in model.modules() if m.training] if model.training else []
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class TorchSession(Session):

@@ -21,6 +21,7 @@ from gossamer.core.schedule import Batch, Terms
 from gossamer.data.images import ImageSource
 from gossamer.data.transforms import Transform
 from gossamer.models.preprocessing import Preprocessing
+from gossamer.ops.modes import evaluating
 from gossamer.recipe import DataSettings
 
 __all__ = ["Evaluation", "HasModel", "Metric", "Predict", "Task", "in_evaluation", "picture_uri", "predict_with"]
@@ -184,14 +185,8 @@ def in_evaluation(model: nn.Module, read: Callable[[Any], Tensor] = lambda out: 
 
     def call(images: Tensor) -> Tensor:
         first = next((t for t in (*model.parameters(), *model.buffers())), None)  # integer layers hold buffers alone
-        flags = [(m, m.training) for m in model.modules()]
-        model.eval()
-        try:
-            with torch.no_grad():
-                return read(model(images if first is None else images.to(first.device)))
-        finally:
-            for module, flag in flags:
-                module.training = flag
+        with evaluating(model), torch.no_grad():
+            return read(model(images if first is None else images.to(first.device)))
 
     return _Predict(call, None)
 

@@ -24,6 +24,7 @@ from gossamer.methods.addernet.layers import choose, convert, quantize_adder
 from gossamer.methods.addernet.maths import PNormSchedule, adder_layers, scale_gradient
 from gossamer.ops.adder import rules_of
 from gossamer.ops.adder_layers import AdderConv2d, SharedGrid, shared_grid
+from gossamer.ops.modes import evaluating
 
 __all__ = ["AdderNet"]
 
@@ -193,12 +194,10 @@ def measure_grids(model: nn.Module, images: Tensor) -> dict[str, SharedGrid]:
                 grids[name] = shared_grid(sample, module.weight)  # type: ignore[arg-type]
 
             handles.append(layer.register_forward_pre_hook(look))
-    modes = [(m, m.training) for m in model.modules()]
     try:
-        model.eval()(images)
+        with evaluating(model):
+            model(images)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
     return grids

@@ -29,7 +29,7 @@ from gossamer.models.discriminators import PatchDiscriminator
 from gossamer.models.generators import Generator
 from gossamer.models.preprocessing import preprocessing
 from gossamer.ops.distances import frechet_distance, moments
-from gossamer.runtimes.torch_runtime import evaluating
+from gossamer.ops.modes import evaluating
 from gossamer.tasks.features import load_extractor
 from gossamer.tasks.image_translation import to_unit
 

@@ -26,8 +26,8 @@ from gossamer.methods.drnet.layers import DynamicResolution, give_norms, norm_pa
 from gossamer.methods.drnet.maths import budget_term, default_sizes, predictor_side, probe, temperature
 from gossamer.methods.drnet.predictors import build_predictor, kind_of, reset
 from gossamer.models.preprocessing import preprocessing
+from gossamer.ops.modes import evaluating
 from gossamer.ops.routing import Resized
-from gossamer.runtimes.torch_runtime import evaluating
 
 __all__ = ["DRNet"]
 
