@@ -270,6 +270,13 @@ def test_json_and_metrics() -> None:
     assert isinstance(got, Cost)
 
 
+class Untrainable(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            raise ValueError("not in training")
+        return super().forward(x)
+
+
 def test_errors_say_what_to_do() -> None:
     with pytest.raises(ModelError, match="give an example"):
         cost(nn.Linear(8, 4))
@@ -279,4 +286,4 @@ def test_errors_say_what_to_do() -> None:
         cost(nn.Linear(8, 4), torch.zeros(1, 7))
     assert "\n" not in str(caught.value)
     with pytest.raises(ModelError, match="in training; pass a larger batch, or saved=False"):
-        cost(nn.BatchNorm1d(4), torch.zeros(1, 4))
+        cost(Untrainable(8, 4), torch.zeros(1, 8))

@@ -95,3 +95,10 @@ def test_shared_memory_counts_once() -> None:
             return self.one(x) + self.two(x[:1])
 
     assert sum(s.bytes for s in saved_tensors(Both(), (torch.zeros(3, 4),))) == 3 * 4 * 4
+
+
+def test_one_image_too_few_for_a_norm_counts_half_of_two() -> None:
+    model = nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64))
+    one, four = (cost(model, torch.zeros(n, 8)).saved_activation_bytes for n in (1, 4))
+    statistics = 2 * 64 * 4  # mean and 1 / deviation, whatever the batch
+    assert one - statistics // 2 == (four - statistics) // 4 > 0

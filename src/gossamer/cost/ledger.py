@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -343,6 +343,17 @@ def _explained(
         raise ModelError(f"cost of {type(model).__name__}: input {given} fails ({reason}){remedy}") from err
 
 
+def _saved(model: nn.Module, inputs: tuple[Tensor, ...], autocast: torch.dtype | None) -> list[SavedTensor]:
+    """Return what the training pass keeps; of one image that is too few for a norm, half of what two keep."""
+    try:
+        return saved_tensors(model, inputs, autocast)
+    except ValueError:
+        if len(inputs[0]) > 1:
+            raise
+        two = tuple(torch.cat([x, x]) for x in inputs)
+        return [replace(s, bytes=s.bytes // 2) for s in saved_tensors(model, two, autocast)]
+
+
 def cost(
     model: nn.Module,
     example: Tensor | Sequence[Any] | None = None,
@@ -384,7 +395,7 @@ def cost(
     saved = saved and not shares
     if saved:
         with _explained(model, inputs, " in training; pass a larger batch, or saved=False to leave it out"):
-            kept = [s for s in saved_tensors(model, inputs, autocast) if not s.weight_copy]
+            kept = [s for s in _saved(model, inputs, autocast) if not s.weight_copy]
     layers = _layers(model, found, kept, batch, widths, held, shares)
     return Cost(
         macs=sum(r.macs for r in layers),
