@@ -32,6 +32,12 @@ SHAPES = [
     (2, 4, 7, 7, 5, (2, 3), (3, 2), (0, 0)),
     (5, 9, 1, 1, 3, (1, 1), (1, 1), (0, 0)),
 ]
+ONE_TAP = [
+    (2, 18, 13, 9, 33, (1, 1), (2, 2), (0, 0)),
+    (1, 5, 3, 141, 9, (1, 1), (1, 2), (0, 0)),
+    (2, 16, 9, 67, 8, (1, 1), (1, 1), (0, 0)),
+    (1, 9, 16, 25, 5, (1, 1), (2, 3), (0, 0)),
+]
 POWERS = [1.0, 1.3, 2.0]
 
 
@@ -82,7 +88,7 @@ def test_native_equals_plain(isa: str, sizes: tuple, last: bool) -> None:
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+@pytest.mark.parametrize("sizes", SHAPES + ONE_TAP, ids=str)
 def test_native_codes_are_exact(isa: str, sizes: tuple, last: bool) -> None:
     x, weight, shape, _ = case(sizes)
     grid = SharedGrid(0.0213, 131)
@@ -114,13 +120,17 @@ def test_threads_change_nothing() -> None:
     if not cpu.available():
         pytest.skip(f"native kernels {cpu.describe()}")
     x, weight, shape, grad = case((4, 32, 20, 20, 40, (3, 3), (1, 1), (1, 1)))
+    one, _, one_tap, _ = case((3, 32, 41, 41, 40, (1, 1), (1, 1), (0, 0)))
+    codes, affine = (weight[:, :, :1, :1] * 40 + 128).to(torch.uint8), (torch.ones(40), torch.zeros(40))
     before, results = torch.get_num_threads(), []
-    for threads in (1, 3):
+    for threads in (1, 7):
         torch.set_num_threads(threads)
         results.append([
             adder_cpu.forward(x, weight, shape, 1.0),
             adder_cpu.input_grad(grad, x, weight, shape, "clamp", 1.0),
             adder_cpu.weight_grad(grad, x, weight, shape, "sign", 1.0),
+            adder_cpu.forward_codes(x, (weight * 40 + 128).to(torch.uint8), shape, 0.025, 128, affine),
+            adder_cpu.forward_codes(one, codes, one_tap, 0.025, 128, affine),
         ])  # fmt: skip
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

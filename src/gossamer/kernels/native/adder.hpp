@@ -47,6 +47,9 @@ struct AdderTable {
                   int64_t end, float* out);
   void (*lay_out_codes)(const float* x, Strides s, int64_t channels, int64_t height, int64_t width, Laid to, Grid grid,
                         int64_t begin, int64_t end, uint8_t* out);
+  // Units: planes of eight channels of an image, [pixel, 8], `plane` bytes apart.
+  void (*lay_out_planes)(const float* x, Strides s, int64_t channels, int64_t height, int64_t width, int64_t plane,
+                         Grid grid, int64_t begin, int64_t end, uint8_t* out);
   // Units: registers of filters. out: [end - begin, taps, channels, width].
   void (*pack_filters)(const float* w, AdderShape s, int64_t begin, int64_t end, float* out);
   // Units: registers of channels. out: [channels / width, taps, filters, width].
@@ -64,6 +67,9 @@ struct AdderTable {
   // Units: strips. Codes in, floats out; all filters packed [filters / bytes, taps, channels / 8, bytes, 8].
   void (*forward_codes)(const uint8_t* x, Laid laid, const uint8_t* w, AdderShape s, Grid grid, Span registers,
                         Span strips, Strides o, float* out);
+  // The same of filters of one tap, on planes; an image's output pixels are neighbours.
+  void (*forward_planes)(const uint8_t* x, int64_t plane, const uint8_t* w, AdderShape s, Grid grid, Span registers,
+                         Span strips, Strides o, float* out);
 };
 
 constexpr int64_t kStrip = 96;

@@ -231,6 +231,35 @@ static void round_line(const float* from, int64_t n, Grid grid, uint8_t* codes) 
   __builtin_memcpy(codes + i, rounded, n - i);
 }
 
+#if defined(__AVX512F__)
+// At most 16 values, 1 or 2 apart; nothing behind the last one is read.
+static inline Floats load_apart(const float* from, int64_t step, int64_t n) {
+  if (n > kWidth) n = kWidth;
+  const uint32_t seen = static_cast<uint32_t>((uint64_t{1} << (step * (n - 1) + 1)) - 1);
+  const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(seen), from);
+  if (step == 1) return (Floats)low;
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(seen >> 16), from + kWidth);
+  return (Floats)_mm512_permutex2var_ps(low, even, high);
+}
+#endif
+
+// Rounds at most 64 values that lie `step` apart.
+static void round_apart(const float* from, int64_t step, int64_t n, Grid grid, uint8_t* codes) {
+  if (step == 1) return round_line(from, n, grid, codes);
+  float apart[64];
+#if defined(__AVX512F__)
+  if (step == 2)
+    for (int64_t i = 0; i < n; i += kWidth) store_lanes(apart + i, load_apart(from + 2 * i, 2, n - i));
+#else
+  if (step == 2)  // a constant step compiles to loads and shuffles
+    for (int64_t i = 0; i < n; ++i) apart[i] = from[i * 2];
+#endif
+  else
+    for (int64_t i = 0; i < n; ++i) apart[i] = from[i * step];
+  round_line(apart, n, grid, codes);
+}
+
 // One row of the image, rounded: [width, channels] of `to`.
 static void lay_out_line(const float* from, Strides s, int64_t channels, int64_t width, Laid to, Grid grid,
                          uint8_t* row) {
@@ -240,19 +269,12 @@ static void lay_out_line(const float* from, Strides s, int64_t channels, int64_t
   }
   constexpr int64_t kChannels = 32, kColumns = 64;
   uint8_t codes[kChannels * kColumns];
-  float apart[kColumns];
   for (int64_t c = 0; c < channels; c += kChannels) {
     const int64_t rows = channels - c < kChannels ? channels - c : kChannels;
     for (int64_t w = 0; w < width; w += kColumns) {
       const int64_t cols = width - w < kColumns ? width - w : kColumns;
-      for (int64_t i = 0; i < rows; ++i) {
-        const float* line = from + (c + i) * s.c + w * s.w;
-        if (s.w == 2)  // a constant step compiles to loads and shuffles
-          for (int64_t k = 0; k < cols; ++k) apart[k] = line[k * 2];
-        else if (s.w != 1)
-          for (int64_t k = 0; k < cols; ++k) apart[k] = line[k * s.w];
-        round_line(s.w == 1 ? line : apart, cols, grid, codes + i * kColumns);
-      }
+      for (int64_t i = 0; i < rows; ++i)
+        round_apart(from + (c + i) * s.c + w * s.w, s.w, cols, grid, codes + i * kColumns);
       transpose_all(codes, kColumns, rows, cols, row + w * to.channels + c, to.channels);
     }
   }
@@ -272,6 +294,48 @@ static void lay_out_codes(const float* x, Strides s, int64_t channels, int64_t h
       if (!inside || w < to.left || w >= to.left + width) __builtin_memset(row + w * to.channels, border, channels);
     if (inside)
       lay_out_line(x + r / to.rows * s.n + h * s.h, s, channels, width, to, grid, row + to.left * to.channels);
+  }
+}
+
+// Rounds `cols` (at most 64) columns of a row of up to eight channels to [column, 8] bytes; seven columns more may be
+// written.
+static inline void lay_out_eight(const float* from, Strides s, int64_t channels, int64_t cols, Grid grid, uint8_t* to) {
+#if defined(__AVX512F__)
+  if (s.w == 1 || s.w == 2) {
+    const __m512i pair = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    for (int64_t w = 0; w < cols; w += kWidth) {
+      Ints words[2] = {};  // four channels' bytes in a lane
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < 8; ++i) {
+        if (i >= channels) break;
+        const Floats v = codes_of(load_apart(from + i * s.c + w * s.w, s.w, cols - w), grid);
+        words[i / 4] |= __builtin_convertvector(v, Ints) << static_cast<int>(i % 4 * 8);
+      }
+      const __m512i low = (__m512i)words[0], high = (__m512i)words[1];
+      _mm512_storeu_si512(to + w * 8, _mm512_permutex2var_epi32(low, pair, high));
+      if (cols - w > 8)
+        _mm512_storeu_si512(to + w * 8 + 64,
+                            _mm512_permutex2var_epi32(low, _mm512_add_epi32(pair, _mm512_set1_epi32(8)), high));
+    }
+    return;
+  }
+#endif
+  uint8_t codes[8 * 64] = {};
+  for (int64_t i = 0; i < channels; ++i) round_apart(from + i * s.c, s.w, cols, grid, codes + i * 64);
+  for (int64_t k = 0; k < cols; k += 8) transpose(codes + k, 64, to + k * 8, 8);
+}
+
+// Units: planes of eight channels of an image, [pixel, 8], `plane` bytes apart.
+static void lay_out_planes(const float* x, Strides s, int64_t channels, int64_t height, int64_t width, int64_t plane,
+                           Grid grid, int64_t begin, int64_t end, uint8_t* out) {
+  const int64_t planes = (channels + 7) / 8;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t first = unit % planes * 8, count = channels - first < 8 ? channels - first : 8;
+    const float* from = x + unit / planes * s.n + first * s.c;
+    for (int64_t h = 0; h < height; ++h)
+      for (int64_t w = 0; w < width; w += 64)
+        lay_out_eight(from + h * s.h + w * s.w, s, count, width - w < 64 ? width - w : 64, grid,
+                      out + unit * plane + (h * width + w) * 8);
   }
 }
 
@@ -316,7 +380,10 @@ static inline void put(const float* lanes, int64_t width, int64_t pixels, int64_
   const bool together = places[pixels - 1] - places[0] == pixels - 1;
   if (count > width) count = width;
   if (step == 1) {
-    for (int64_t p = 0; p < pixels; ++p) __builtin_memcpy(out + places[p], lanes + p * width, sizeof(float) * count);
+    for (int64_t p = 0; p < pixels; ++p) {
+      if (count == 8) __builtin_memcpy(out + places[p], lanes + p * width, 32);  // of a known size: no call
+      else __builtin_memcpy(out + places[p], lanes + p * width, sizeof(float) * count);
+    }
     return;
   }
   if (!together || width % 8 != 0) {
@@ -730,5 +797,62 @@ static void adder_forward_codes(const uint8_t* x, Laid laid, const uint8_t* w, A
   }
 }
 
-constexpr AdderTable kAdder = {kWidth,        kGroups,       lay_out,          lay_out_codes,     pack_filters,
-                               pack_channels, adder_forward, adder_input_grad, adder_weight_grad, adder_forward_codes};
+// Sums of one filter for kGroups neighbouring pixels, scaled, to `count` of them.
+static inline void put_pixels(Bytes sums, float gain, float shift, int64_t count, float* out) {
+#if defined(__AVX512DQ__)
+  const __m256 v = _mm256_sub_ps(_mm256_set1_ps(shift), _mm256_mul_ps(_mm256_set1_ps(gain), _mm512_cvtepi64_ps(sums)));
+  if (count >= kGroups) _mm256_storeu_ps(out, v);
+  else _mm256_mask_storeu_ps(out, static_cast<__mmask8>((1u << count) - 1), v);
+#else
+  int64_t wide[kGroups];
+  __builtin_memcpy(wide, &sums, sizeof wide);
+  for (int64_t l = 0; l < kGroups && l < count; ++l)
+    out[l] = shift - gain * static_cast<float>(static_cast<int32_t>(wide[l]));
+#endif
+}
+
+// Filters of one tap on planes: registers hold pixels, so that sums lie as an image [O, H, W] does.
+static void planes_tile(const uint8_t* x, int64_t plane, int64_t planes, const uint8_t* w, Bytes (*sums)[2]) {
+  Bytes acc[kGroups][2];
+#pragma GCC unroll 8
+  for (int f = 0; f < kGroups; ++f) acc[f][0] = acc[f][1] = no_bytes();
+  for (int64_t g = 0; g < planes; ++g) {
+    const Bytes low = load_bytes(x + g * plane), high = load_bytes(x + g * plane + sizeof(Bytes));
+#pragma GCC unroll 8
+    for (int f = 0; f < kGroups; ++f) {
+      const Bytes filter = splat_bytes(w + (g * kGroups + f) * 8);
+      acc[f][0] = add_distance(acc[f][0], low, filter);
+      acc[f][1] = add_distance(acc[f][1], high, filter);
+    }
+  }
+#pragma GCC unroll 8
+  for (int f = 0; f < kGroups; ++f) sums[f][0] = acc[f][0], sums[f][1] = acc[f][1];
+}
+
+static void adder_forward_planes(const uint8_t* x, int64_t plane, const uint8_t* w, AdderShape s, Grid grid,
+                                 Span registers, Span strips, Strides o, float* out) {
+  Bytes sums[kGroups][2];
+  const int64_t planes = (s.channels + 7) / 8, size = s.out_h * s.out_w, total = s.pixels();
+  const int64_t last = strips.end * kStrip < total ? strips.end * kStrip : total;
+  for (int64_t from = strips.begin * kStrip, to; from < last; from = to) {  // what the span has of one image
+    const int64_t n = from / size;
+    to = (n + 1) * size < last ? (n + 1) * size : last;
+    for (int64_t m = from - n * size; m < to - n * size; m += 2 * kGroups) {
+      const int64_t left = to - n * size - m;
+      for (int64_t j = registers.begin; j < registers.end; ++j) {
+        planes_tile(x + n * planes * plane + m * 8, plane, planes, w + j * planes * sizeof(Bytes), sums);
+        for (int64_t f = 0; f < kGroups && j * kGroups + f < s.filters; ++f) {
+          const int64_t filter = j * kGroups + f;
+          float* place = out + n * o.n + filter * o.c + m;
+          put_pixels(sums[f][0], grid.gain[filter], grid.shift[filter], left, place);
+          if (left > kGroups)
+            put_pixels(sums[f][1], grid.gain[filter], grid.shift[filter], left - kGroups, place + kGroups);
+        }
+      }
+    }
+  }
+}
+
+constexpr AdderTable kAdder = {kWidth,           kGroups,           lay_out,             lay_out_codes,
+                               lay_out_planes,   pack_filters,      pack_channels,       adder_forward,
+                               adder_input_grad, adder_weight_grad, adder_forward_codes, adder_forward_planes};

@@ -164,15 +164,29 @@ void forward_codes(uintptr_t x, const Numbers& x_strides, uintptr_t packed, cons
   Strides from = strides_of(x_strides);
   thin_out(s, from);
   const AdderTable& table = chosen->adder;
-  const Laid laid = bordered(s, up(s.channels, 8));
   const Grid grid{step, zero, at<float>(gain), at<float>(shift)};
+  const Strides to = strides_of(out_strides);
+  const int64_t registers = up(s.filters, table.bytes) / table.bytes, parts = parts_for(pairs_of(s) / 4, threads);
+  const int64_t pixels = s.out_h * s.out_w, planes = up(s.channels, 8) / 8;
+  if (s.taps() == 1 && s.stride_h * s.stride_w == 1 && !s.pad_h && !s.pad_w && pixels >= 2 * table.bytes &&
+      to.w == 1 && to.h == s.out_w && from.c != 1) {
+    const int64_t plane = 8 * up(pixels + 2 * table.bytes, 8), all = s.batch * planes;
+    Scratch<uint8_t> input(all * plane);
+    parallel(all, parts_for(all * plane, threads), [&](int64_t, int64_t begin, int64_t end) {
+      table.lay_out_planes(at<float>(x), from, s.channels, s.height, s.width, plane, grid, begin, end, input.get());
+    });
+    tiled(registers, s, parts, [&](Span mine, Span strips) {
+      table.forward_planes(input.get(), plane, at<uint8_t>(packed), s, grid, mine, strips, to, at<float>(out));
+    });
+    return;
+  }
+  const Laid laid = bordered(s, up(s.channels, 8));
   Scratch<uint8_t> input(s.batch * laid.image());
   parallel(s.batch * laid.rows, parts_for(s.batch * laid.image(), threads), [&](int64_t, int64_t begin, int64_t end) {
     table.lay_out_codes(at<float>(x), from, s.channels, s.height, s.width, laid, grid, begin, end,
                         input.get());
   });
-  const Strides to = strides_of(out_strides);
-  tiled(up(s.filters, table.bytes) / table.bytes, s, parts_for(pairs_of(s) / 4, threads), [&](Span mine, Span strips) {
+  tiled(registers, s, parts, [&](Span mine, Span strips) {
     table.forward_codes(input.get(), laid, at<uint8_t>(packed), s, grid, mine, strips, to, at<float>(out));
   });
 }
