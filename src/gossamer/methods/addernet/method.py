@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gossamer.core.errors import ModelError, RecipeError
+from gossamer.core.errors import ModelError, PlanError, RecipeError
 from gossamer.core.method import Edit, Evaluate, Grads, Method
 from gossamer.core.schedule import Batch, Loader, Phase, Plan, Step
 from gossamer.cost.energy import operation_table
@@ -25,6 +25,7 @@ from gossamer.methods.addernet.maths import PNormSchedule, adder_layers, scale_g
 from gossamer.ops.adder import rules_of
 from gossamer.ops.adder_layers import AdderConv2d, SharedGrid, shared_grid
 from gossamer.ops.modes import evaluating
+from gossamer.recipe import PRETRAIN
 
 __all__ = ["AdderNet"]
 
@@ -48,6 +49,8 @@ class AdderNet(Method):
         norm_logits: Give the classifier a batch norm on its logits, as the release does.
         fresh: Draw filters from N(0, 1); else start from the model's weights.
         seed: Of the filters.
+        phase: The training at whose beginning layers change: ``"fit"`` of a recipe that pretrains, so that the
+            products are trained first (a teacher, or with ``fresh=False`` a start); null: before everything.
         norm_batches: Batches from which the norms' statistics are taken anew after the training, at p = 1;
             null: 32 where the exponent was annealed, else none.
         bits: Width of the finished adder layers: 32 (float) or 8 (bytes, one grid for input and filters).
@@ -67,14 +70,15 @@ class AdderNet(Method):
     norm_logits: bool = True
     fresh: bool = True
     seed: int = 0
+    phase: str | None = None
     norm_batches: int | None = None
     bits: int = 32
     _grids: dict[str, SharedGrid] = field(default_factory=dict, init=False, repr=False, compare=False)
     _left: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     # -- structure -------------------------------------------------------------------------------
-    def prepare(self, model: nn.Module) -> Edit:
-        """Choose the layers.
+    def prepare(self, model: nn.Module) -> Edit | None:
+        """Choose the layers; where a later phase changes them, only see that there are some.
 
         Raises:
             RecipeError: An option out of range.
@@ -87,6 +91,15 @@ class AdderNet(Method):
                 f"addernet: bits={self.bits}, eta={self.eta}, norm_batches={self.norm_batches}; allowed are 8 and 32, "
                 f"above 0, 0 or more"
             )
+        edit = self._convert(model)
+        return edit if self.phase is None else None
+
+    def enter(self, model: nn.Module, phase: Phase) -> Edit | None:
+        """Choose the layers where the phase is the first part of the one that changes them."""
+        first = phase.window is None or phase.window.offset == 0
+        return self._convert(model) if phase.whole == self.phase and first else None
+
+    def _convert(self, model: nn.Module) -> Edit:
         found = choose(model, self.skip, self.norm_logits)
         return {
             "do": "convert", "layers": found.layers, "logits": found.logits, "left": found.left,
@@ -110,7 +123,19 @@ class AdderNet(Method):
 
     # -- phases ----------------------------------------------------------------------------------
     def phases(self, plan: Plan) -> Plan:
-        """After the training take the norms' statistics anew and measure the ranges of bytes."""
+        """After the training take the norms' statistics anew and measure the ranges of bytes.
+
+        Raises:
+            PlanError: Layers would change before a pretraining, or at a phase that is not there.
+        """
+        trainings = list(dict.fromkeys(p.whole for p in plan if p.work is None))
+        if self.phase is None and PRETRAIN in trainings:
+            raise PlanError(
+                "addernet: train.pretrain would train the adder layers as if they were the dense model; set "
+                "phase: fit (products are pretrained, adders trained then), or leave train.pretrain out"
+            )
+        if self.phase is not None and self.phase not in trainings:
+            raise PlanError(f"addernet: phase={self.phase!r}; allowed are null and {', '.join(trainings)}")
         last = []
         if self._norm_batches():
             last.append(Phase(NORMS, 1, turns=(), work=self._take_statistics))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gossamer.core.errors import GossamerError, ModelError, RecipeError
+from gossamer.core.errors import GossamerError, ModelError, PlanError, RecipeError
 from gossamer.core.schedule import Phase, Plan, Step
 from gossamer.core.stack import Stack
 from gossamer.cost.ledger import cost
@@ -157,6 +157,28 @@ def test_exponent_follows_the_step_and_ends_at_one() -> None:
         grads(model.train(), noise(step), step, list(model.parameters()))
         seen.append({layer.p for layer in adder_layers(model).values()})
     assert seen == [{2.0}, {1.5}, {1.0}, {1.0}]
+
+
+def test_layers_can_change_after_the_products_are_trained() -> None:
+    before, fit = Phase("pretrain", 3), Phase("fit", 6)
+    stack = Stack([AdderNet(phase="fit", fresh=False)])
+    model = stack.prepare(resnet8())
+    stack.phases(Plan([before, fit]))
+    model = stack.enter(model, before)
+    assert not adder_layers(model) and type(model.fc) is nn.Linear
+    trained = model.layer1[0].conv1.weight.detach().clone()
+    model = stack.enter(model, fit.part("fit.a", 0, 3))
+    assert len(adder_layers(model)) == 8 and torch.equal(model.layer1[0].conv1.weight, trained)
+    stack.enter(model, fit.part("fit.b", 3, 3))
+    assert len(stack.edits) == 1
+
+
+def test_a_pretraining_needs_to_know_when_layers_change() -> None:
+    plan = Plan([Phase("pretrain", 3), Phase("fit", 3)])
+    with pytest.raises(PlanError, match="set phase: fit"):
+        AdderNet().phases(plan)
+    with pytest.raises(PlanError, match="phase='tune'; allowed are null and pretrain, fit"):
+        AdderNet(phase="tune").phases(plan)
 
 
 # -- layers ----------------------------------------------------------------------------------------
