@@ -51,6 +51,31 @@ def test_products_and_sums_of_a_network_run_in_integers(build, format, tmp_path)
         assert kinds["QLinearAdd"] > 3
 
 
+class Branches(nn.Module):
+    """Convolutions without an activation, whose concatenated outputs another one reads: codes of both signs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.left = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+        self.right, self.join, self.head = nn.Conv2d(16, 16, 1), nn.Conv2d(32, 16, 1), nn.Linear(16, 10)
+
+    def forward(self, x):
+        """Return logits [B, 10] of images [B, 3, 32, 32]."""
+        x = self.stem(x)
+        return self.head(self.join(torch.cat([self.left(x), self.right(x)], 1)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("format", RUNTIMES)
+def test_concatenated_codes_of_both_signs_keep_their_values(format, tmp_path):
+    """OpenVINO computes another convolution where signed codes are concatenated."""
+    model = calibrate(gs.PTQMinMax(per_channel=True), Branches().eval(), IMAGES)
+    artefact = export(model, tmp_path, format=format, batch=2, example=IMAGES)
+    assert artefact.parity["relative"] < 0.01
+    _, profile = profiled(RUNTIMES[format], artefact.graph, IMAGES)
+    assert int8_share(profile, by="count") == 1.0
+
+
 def small_net(grids, kernel=3, groups=1):
     """Return three layers on ``grids``, their sum rounded to 8 bits; inputs in [0, 1]."""
     torch.manual_seed(0)

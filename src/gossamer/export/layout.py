@@ -28,7 +28,6 @@ from gossamer.export.rewrite import (
     add_node,
     attribute,
     constant,
-    graph_of,
     only_user,
     producer,
     quantized_constant,
@@ -41,6 +40,8 @@ from gossamer.ops.grids import SIGNED_ZERO
 __all__ = ["STEPS", "lay_out"]
 
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
+_PASSED = ("Clip", "DepthToSpace", "Div", "Flatten", "MaxPool", "Mul", "Relu", "Reshape", "Slice", "Split", "Squeeze",
+           "Transpose", "Unsqueeze")  # fmt: skip
 _MIN_BIAS_CODE = 64
 """Least code of the largest bias beside inputs of few bits, whose accumulators have a step that is coarse for it."""
 _INT8_TOP = 127
@@ -80,30 +81,54 @@ def _use_scalars(model: ir.Model) -> None:
 
 
 def _use_signed_codes(model: ir.Model) -> None:
-    """Write grids with zero point 128 as int8 with zero point 0 (the codes minus 128)."""
+    """Write grids with zero point 128 as int8 with zero point 0 (the codes minus 128).
+
+    Not beside a concatenation: OpenVINO 2026.4 computes another product if signed codes are concatenated before it.
+    """
     for node in list(model.graph):
-        if node.op_type not in _QDQ or len(node.inputs) < 3 or constant(node.inputs[0]) is not None:
+        if node.op_type != "QuantizeLinear" or len(node.inputs) < 3:
             continue
-        old = constant(node.inputs[2])
-        if old is None or old.dtype != np.uint8 or scalar(node.inputs[2]) != SIGNED_ZERO:
+        zero = constant(node.inputs[2])
+        if zero is None or zero.dtype != np.uint8 or scalar(node.inputs[2]) != SIGNED_ZERO:
             continue
-        node.replace_input_with(2, add_constant(model.graph, np.zeros((), np.int8), "signed_zero"))
-        if node.op_type == "QuantizeLinear":
-            _mark_signed(node.outputs[0])
-
-
-def _mark_signed(codes: ir.Value) -> None:
-    pending = [codes]
-    while pending:
-        value = pending.pop()
-        value.type = ir.TensorType(ir.DataType.INT8)
-        for node in (use.node for use in value.uses()):
-            if node.op_type == "Clip":
+        below = _after_codes(node.outputs[0])
+        if _is_concatenated(node.inputs[0]) or any(_is_concatenated(n.outputs[0], down=True) for n in below):
+            continue
+        for user in (node, *below):
+            if user.op_type in _QDQ:
+                user.replace_input_with(2, add_constant(model.graph, np.zeros((), np.int8), "signed_zero"))
+            if user.op_type == "Clip":
                 for slot in (1, 2):
-                    bound = np.array((scalar(node.inputs[slot]) or 0) - SIGNED_ZERO, np.int8)
-                    node.replace_input_with(slot, add_constant(graph_of(node), bound, "signed_bound"))
+                    bound = np.array((scalar(user.inputs[slot]) or 0) - SIGNED_ZERO, np.int8)
+                    user.replace_input_with(slot, add_constant(model.graph, bound, "signed_bound"))
+            if user.op_type != "DequantizeLinear":
+                for value in user.outputs:
+                    value.type = ir.TensorType(ir.DataType.INT8)
+
+
+def _after_codes(codes: ir.Value) -> list[ir.Node]:
+    """Return the nodes that codes reach, up to those that make numbers of them."""
+    found, pending = [], [codes]
+    while pending:
+        for node in (use.node for use in pending.pop().uses()):
+            found.append(node)
             if node.op_type != "DequantizeLinear":
                 pending += node.outputs
+    return found
+
+
+def _is_concatenated(value: ir.Value | None, *, down: bool = False) -> bool:
+    """Whether a value comes from (``down``: goes into) a concatenation, past what OpenVINO moves quantizers past."""
+    if value is None:
+        return False
+    nodes = [use.node for use in value.uses()] if down else [n for n in (value.producer(),) if n is not None]
+    for node in nodes:
+        if node.op_type == "Concat":
+            return True
+        onward = node.outputs if down else node.inputs[:1]
+        if node.op_type in _PASSED and any(_is_concatenated(v, down=down) for v in onward):
+            return True
+    return False
 
 
 def _dequantize_before_transposes(model: ir.Model) -> None:
