@@ -16,7 +16,7 @@ from gossamer.engine.checkpoint import Checkpoints
 from gossamer.engine.loop import Loop
 from gossamer.models.build import load_model
 from gossamer.models.store import load, save
-from gossamer.pipeline import compressing
+from gossamer.pipeline import compressing, setup
 from gossamer.pipeline.execute import execute
 from gossamer.pipeline.setup import Setup, set_up
 from gossamer.recipe import Recipe
@@ -47,15 +47,15 @@ def test_the_written_recipe_splits_alike(photos: str, tmp_path: Path, monkeypatc
     split, whole = calls
     split["recipe"].to_yaml(tmp_path / "recipe.yaml")
     ours, again = _given(split), set_up(Recipe.from_yaml(tmp_path / "recipe.yaml"))
-    for setup in (ours, again):
-        assert len(setup.evaluation) == 4 and len(setup.loaders["train"].source) == 16
+    for ready in (ours, again):
+        assert len(ready.evaluation) == 4 and len(ready.loaders["train"].source) == 16
     assert list(ours.evaluation.names) == list(again.evaluation.names)
     assert len(_given(whole).evaluation) == len(_given(whole).loaders["train"].source) == 20
 
 
 def test_target_and_teacher_reach_the_methods_that_leave_them_open() -> None:
     target = {"macs": "50%", "max_drop": 1.0}
-    make = lambda entry: compressing._method(entry, "resnet18", target)  # noqa: E731
+    make = lambda entry: compressing._methods([entry], "resnet18", target)[0]  # noqa: E731
     assert make("diffrate").macs == make(DiffRate()).macs == make({"diffrate": {}}).macs == "50%"
     assert make(DiffRate(macs="70%")).macs == make({"diffrate": {"macs": "60%"}}).macs.replace("6", "7") == "70%"
     assert make("manifold_distillation").teacher == "resnet18"
@@ -63,6 +63,21 @@ def test_target_and_teacher_reach_the_methods_that_leave_them_open() -> None:
     assert isinstance(make(taught).teacher, nn.Identity)
     with pytest.raises(RecipeError, match="did you mean 'macs'"):
         make({"diffrate": {"mcas": 1}})
+
+
+def test_a_target_that_two_methods_would_spend_is_refused() -> None:
+    target = {"macs": "60%"}
+    for methods in (["nvit", "diffrate"], [{"nvit": {}}, DiffRate()]):
+        with pytest.raises(RecipeError, match="macs=60% would be the whole budget of nvit and of diffrate"):
+            compressing._methods(methods, None, target)
+    own = compressing._methods([{"nvit": {"macs": "80%"}}, "diffrate", "ptq_vit"], None, target)
+    assert (own[0].macs, own[1].macs) == ("80%", "60%")
+    stacked = {"model": {"name": "vit_tiny_patch16_224"}, "target": target}
+    with pytest.raises(RecipeError, match="give each its own"):
+        setup._methods(Recipe.from_dict({**stacked, "methods": [{"nvit": {}}, {"diffrate": {}}]}))
+    apart = [{"nvit": {"macs": "80%"}}, {"diffrate": {}}]
+    first, second = setup._methods(Recipe.from_dict({**stacked, "methods": apart}))
+    assert (first.macs, second.macs) == ("80%", "60%")
 
 
 class Stopped(Exception):

@@ -16,6 +16,7 @@ from gossamer.cost.budget import METRICS
 from gossamer.data.sources import from_dataset
 from gossamer.pipeline.execute import RunResult, execute
 from gossamer.pipeline.progress import say
+from gossamer.pipeline.setup import refuse_shared
 from gossamer.recipe import Recipe
 
 __all__ = ["compress"]
@@ -24,22 +25,35 @@ EVAL_SHARE = 0.2
 """Share of the images set aside for evaluation where no images are given for it."""
 
 
-def _method(entry: Method | str | Mapping[str, Any], teacher: Any, target: Mapping[str, Any]) -> Method:
-    """Build one method; hand the teacher and the budgets to fields of those names that are as by default."""
-    if isinstance(entry, Method):
-        method = entry
-    elif isinstance(entry, str):
-        method = build(entry, {})
-    elif len(entry) == 1:
-        name, options = next(iter(entry.items()))
-        method = build(name, dict(options or {}))
-    else:
-        raise RecipeError(f"methods: got a mapping with keys {sorted(entry)}; expected one {{name: options}}")
+def _methods(
+    entries: Sequence[Method | str | Mapping[str, Any]], teacher: Any, target: Mapping[str, Any]
+) -> list[Method]:
+    """Build the methods; hand the teacher and the budgets to fields of those names that are as by default."""
     given = {k: v for k, v in {"teacher": teacher, **target}.items() if v is not None and k in ("teacher", *METRICS)}
-    fields = {f.name: f.default for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    built = [(entry, _built(entry)) for entry in entries]
+    taken = [_left_open(method, entry) & set(given) for entry, method in built]
+    refuse_shared(target, [(name_of(method), keys) for (_, method), keys in zip(built, taken, strict=True)])
+    return [
+        dataclasses.replace(method, **{k: given[k] for k in keys})  # type: ignore[type-var]
+        for (_, method), keys in zip(built, taken, strict=True)
+    ]
+
+
+def _built(entry: Method | str | Mapping[str, Any]) -> Method:
+    if isinstance(entry, Method):
+        return entry
+    if isinstance(entry, str):
+        return build(entry, {})
+    if len(entry) == 1:
+        name, options = next(iter(entry.items()))
+        return build(name, dict(options or {}))
+    raise RecipeError(f"methods: got a mapping with keys {sorted(entry)}; expected one {{name: options}}")
+
+
+def _left_open(method: Method, entry: Method | str | Mapping[str, Any]) -> set[str]:
     spelt = set(next(iter(entry.values())) or {}) if isinstance(entry, Mapping) else set()
-    wanted = {k: v for k, v in given.items() if k in fields and k not in spelt and getattr(method, k) == fields[k]}
-    return dataclasses.replace(method, **wanted)  # type: ignore[type-var]
+    fields = {f.name: f.default for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    return {k for k, default in fields.items() if k not in spelt and getattr(method, k) == default}
 
 
 def compress(  # noqa: PLR0913 - mirrors the public call
@@ -51,7 +65,7 @@ def compress(  # noqa: PLR0913 - mirrors the public call
     bounds = dict(target or {})
     if not methods:
         raise RecipeError("methods: got none; name at least one, e.g. methods=[gossamer.DiffRate()]")
-    built = [_method(m, teacher, bounds) for m in methods]
+    built = _methods(methods, teacher, bounds)
     given = {"train": data, "eval": evaluation}  # specifications are read by the task, once the model is known
     sources = {k: from_dataset(v) for k, v in given.items() if v is not None and not isinstance(v, str)}
     spec = model if isinstance(model, str) else getattr(getattr(model, "gossamer_source", None), "name", "module")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from gossamer.recipe import Recipe
 from gossamer.tasks.registry import task_for
 from gossamer.tasks.task import Task
 
-__all__ = ["Setup", "set_up"]
+__all__ = ["Setup", "refuse_shared", "set_up"]
 
 
 @dataclass
@@ -76,15 +77,37 @@ class Setup:
 
 
 def _methods(recipe: Recipe) -> list[Method]:
-    """Build the recipe's methods; a target on a metric is handed to every method that takes it and has none."""
+    """Build the recipe's methods; a target on a metric is handed to the method that takes it and has none."""
     target = recipe.target.model_dump(exclude_none=True) if recipe.target else {}
-    built = []
-    for entry in recipe.methods:
-        for name, options in entry.items():
-            fields = {f.name for f in dataclasses.fields(registry.find(name))}  # type: ignore[arg-type]
-            given = {k: v for k, v in target.items() if k in METRICS and k in fields}
-            built.append(registry.build(name, {**given, **options}))
-    return built
+    entries = [(name, options) for entry in recipe.methods for name, options in entry.items()]
+    taken = [
+        {f.name for f in dataclasses.fields(registry.find(name))} & METRICS.keys() & target.keys() - set(options)  # type: ignore[arg-type]
+        for name, options in entries
+    ]
+    refuse_shared(target, [(name, keys) for (name, _), keys in zip(entries, taken, strict=True)])
+    return [
+        registry.build(name, {**{k: target[k] for k in keys}, **options})
+        for (name, options), keys in zip(entries, taken, strict=True)
+    ]
+
+
+def refuse_shared(target: Mapping[str, Any], takers: Sequence[tuple[str, Collection[str]]]) -> None:
+    """Refuse a bound that several methods would each spend as if it were theirs alone.
+
+    Args:
+        target: Bounds by metric.
+        takers: Names of methods, and the metrics for which each takes the target.
+
+    Raises:
+        RecipeError: Two take the same one.
+    """
+    for metric in METRICS.keys() & target.keys():
+        names = [name for name, keys in takers if metric in keys]
+        if len(names) > 1:
+            raise RecipeError(
+                f"target: {metric}={target[metric]} would be the whole budget of {' and of '.join(names)} alike; "
+                f"give each its own, e.g. {names[0]}: {{{metric}: 80%}}"
+            )
 
 
 def _remember_source(model: nn.Module) -> bool:
