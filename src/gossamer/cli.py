@@ -30,7 +30,8 @@ class Commands(typer.core.TyperGroup):
         """Run a command line and exit (or return, unless ``standalone_mode``)."""
         with warnings.catch_warnings():
             warnings.showwarning = partial(_warn, warnings.showwarning)
-            code = self._guarded(lambda: super(Commands, self).main(*args, standalone_mode=False, **kwargs))
+            given = {**kwargs, "standalone_mode": False}
+            code = self._guarded(lambda: super(Commands, self).main(*args, **given))
         if standalone_mode:
             sys.exit(code)
         return code

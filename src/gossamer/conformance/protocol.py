@@ -52,7 +52,7 @@ def _unchanged(a: Any, b: Any) -> bool:
 
 def check_declarations(example: MethodExample) -> None:
     """Class fields are declared with allowed values, and a method that decides edits can apply them."""
-    cls = type(example.method())
+    cls: Any = type(example.method())
     require(dataclasses.is_dataclass(cls), f"{cls.__name__} is not a dataclass; its options must be fields")
     require(cls.__mro__[1] is Method, f"{cls.__name__}: {cls.__mro__[1].__name__} stands between Method and the method")
     hooks = {n for n, v in vars(Method).items() if callable(v) and not n.startswith("_")}

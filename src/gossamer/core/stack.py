@@ -135,7 +135,7 @@ class Stack:
         return named
 
     # -- step ------------------------------------------------------------------------------------
-    def objective(self, task_loss: TaskLoss, turn: Turn | None = None, inner: nn.Module | None = None):
+    def objective(self, task_loss: TaskLoss, turn: Turn | None = None, inner: nn.Module | None = None) -> Objective:
         """Return ``f(model, batch, step) -> terms`` for a turn.
 
         ``inner`` is the bare module handed to the methods when ``model`` is a distributed wrapper.

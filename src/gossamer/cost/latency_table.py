@@ -47,14 +47,14 @@ class Grid:
         Args:
             point: Position by axis name (others are ignored).
         """
-        cells = []
+        cells: list[list[tuple[int, float]]] = []
         for name, axis in self.axes.items():
             if len(axis) == 1:
-                cells.append(((0, 1.0),))
+                cells.append([(0, 1.0)])
                 continue
             i = min(max(int(np.searchsorted(axis, point[name], side="right")) - 1, 0), len(axis) - 2)
             share = (point[name] - axis[i]) / (axis[i + 1] - axis[i])
-            cells.append(((i, 1.0 - share), (i + 1, share)))
+            cells.append([(i, 1.0 - share), (i + 1, share)])
         array = np.asarray(self.values, dtype=np.float64)
         return float(
             sum(

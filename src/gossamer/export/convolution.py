@@ -104,7 +104,7 @@ def clip_codes(model: ir.Model) -> None:
             continue
         kind = np.iinfo(zero.dtype)
         with np.errstate(over="ignore"):
-            codes = np.rint(np.float32(bounds) / np.float32(step)) + float(zero.reshape(()))
+            codes = np.rint(np.asarray(bounds, np.float32) / np.float32(step)) + float(zero.reshape(()))
         low, high = (int(np.clip(c, kind.min, kind.max)) for c in codes)
         quantize.replace_input_with(0, node.inputs[0])
         if (low, high) == (kind.min, kind.max):

@@ -141,8 +141,9 @@ def export(  # noqa: PLR0913 - each is a separate choice of the user
     plain = form if _is_plain(form) else copy.deepcopy(form).float().cpu().eval()
     require_disk(path, _needed(plain, format))
     kind = _Kind(format, batch, opset, fp16, tolerance, pre)
-    write_any = _write_set if isinstance(plain, Routed) else _write_proven
-    return write_any(plain, images, Path(path), kind)
+    if isinstance(plain, Routed):
+        return _write_set(plain, images, Path(path), kind)
+    return _write_proven(plain, images, Path(path), kind)
 
 
 def _clear(folder: Path) -> None:

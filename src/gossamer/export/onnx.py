@@ -30,9 +30,9 @@ _TWO_GIB = 2**31
 
 
 def _quantize(  # noqa: PLR0913 - the operator's own arguments
-    x: Any, scale: Any, zero_point: Any, axis: int, dtype: Any, low: int | None = None, high: int | None = None
+    x: Any, scale: Any, zero_point: Any, axis: int, dtype: Any, low: Any = None, high: Any = None
 ) -> Any:  # dtype follows from zero_point
-    codes = opset19.QuantizeLinear(x, scale, zero_point, axis=axis)
+    codes: Any = opset19.QuantizeLinear(x, scale, zero_point, axis=axis)
     if low is None or high is None:
         return codes
     return opset19.Clip(codes, opset19.CastLike(low, zero_point), opset19.CastLike(high, zero_point))

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from gossamer.kernels.grouped import Grouped
 
 try:
-    from gossamer.kernels import _native
+    from gossamer.kernels import _native  # type: ignore[attr-defined]  # built where there is a compiler
 except ImportError:  # installed where there was no compiler: ops takes the plain torch path
     _native: Any = None  # type: ignore[no-redef]
 

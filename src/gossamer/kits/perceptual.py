@@ -48,6 +48,9 @@ class PerceptualNetwork(nn.Module):
         ModelError: The network has no such modules.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, net: nn.Module, paths: Sequence[str], *, normalise: bool = False, content: int = 1) -> None:
         super().__init__()
         self.trunk = _Trunk(net.eval().requires_grad_(False))

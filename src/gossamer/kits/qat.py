@@ -441,7 +441,8 @@ def sum_grids(model: nn.Module, images: Tensor) -> dict[str, dict[str, Any]]:
         model: Trained model, before ``finish_layers``; is put into evaluation mode.
         images: [N, C, H, W].
     """
-    kinds, tops = open_sums(model), {}
+    kinds = open_sums(model)
+    tops: dict[str, Any] = {}
 
     def seen(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:

@@ -148,7 +148,7 @@ def _offsets(model: nn.Module, ascent: Ascent) -> Iterator[None]:
     if ascent.placement is Placement.FLOAT:
         layers = []
     for m in layers:
-        m.offset = torch.zeros_like(m.weight).requires_grad_(ascent.placement is Placement.QUANTIZED)
+        m.offset = torch.zeros_like(m.get_parameter("weight")).requires_grad_(ascent.placement is Placement.QUANTIZED)
     try:
         yield
     finally:

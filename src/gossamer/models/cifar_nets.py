@@ -77,6 +77,10 @@ class CifarResNet(nn.Module):
         head_bias: Whether the classifier has a bias.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
     def __init__(
         self, name: str, depth: int, num_classes: int = 10, width: int = 16, in_chans: int = 3, head_bias: bool = True
     ) -> None:
@@ -140,6 +144,10 @@ class PreActResNet(nn.Module):
         width: Channels of the first stage; doubled at each following one.
         in_chans: Image channels.
     """
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
 
     def __init__(self, name: str, depth: int, num_classes: int = 10, width: int = 16, in_chans: int = 3) -> None:
         super().__init__()

@@ -148,7 +148,7 @@ def _volo_layout(model: VOLO) -> Layout:
     chains, rates = [], [0.0]
     for kind in kinds:
         mine = [(name, s) for name, s in lists if all(type(b) is kind for b in s)]
-        widths = {b.norm1.weight.numel() for _, s in mine for b in s}
+        widths = {b.get_parameter("norm1.weight").numel() for _, s in mine for b in s}
         if not mine or len(widths) != 1:
             raise ModelError(f"VOLO: {kind.__name__} blocks of widths {sorted(widths)}; growth needs one width")
         rate = max(drop_rate(b) for _, s in mine for b in s)
@@ -174,7 +174,7 @@ def resizable(model: nn.Module, layout: Layout, on: bool) -> nn.Module:
         return same
     if not layout.resizes:
         embed = model.patch_embed
-        model.dynamic_img_size = on
+        vars(model)["dynamic_img_size"] = on  # final only to type checkers
         embed.strict_img_size, embed.flatten = not on, not on
         embed.output_fmt = Format.NHWC if on else Format.NCHW
     return model

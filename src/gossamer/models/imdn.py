@@ -56,7 +56,7 @@ class _Block(nn.Module):
         """Return [B, C, H, W] of the same shape."""
         kept, rest = [], x
         for conv in (self.c1, self.c2, self.c3):
-            aside, rest = torch.split(_leaky(conv(rest)), (self.kept, self.passed), 1)
+            aside, rest = torch.split(_leaky(conv(rest)), [self.kept, self.passed], 1)
             kept.append(aside)
         return self.add(self.c5(self.cca(torch.cat([*kept, self.c4(rest)], 1))), x)
 

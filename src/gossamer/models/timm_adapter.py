@@ -203,8 +203,7 @@ def token_view(model: nn.Module, num_tokens: int | None = None, num_prefix: int 
     elif len(grid) != 2 or grid[0] * grid[1] + num_prefix != num_tokens:
         side = int((num_tokens - num_prefix) ** 0.5)
         grid = (side, side) if side * side == num_tokens - num_prefix else (1, num_tokens - num_prefix)
-    norm = model.get_submodule(f"{blocks[0].name}.norm1")
-    width = norm.weight.numel()
+    width = _width(model, blocks[0])
     proj = getattr(embed, "proj", None)
     patch_macs = grid[0] * grid[1] * proj.weight.numel() if proj is not None else 0
     heads = [getattr(model, h, None) for h in ("head", "head_dist")]
@@ -215,11 +214,15 @@ def token_view(model: nn.Module, num_tokens: int | None = None, num_prefix: int 
     return TokenView(blocks, num_tokens, num_prefix, has_class, (grid[0], grid[1]), width, pool, patch_macs, head_macs)
 
 
+def _width(model: nn.Module, block: BlockView) -> int:
+    return model.get_parameter(f"{block.name}.norm1.weight").numel()
+
+
 def mlp_hidden(model: nn.Module, block: BlockView) -> int:
     """Return the MACs per token of a block's MLP divided by its width (hidden width for a plain MLP, doubled)."""
     mlp = model.get_submodule(block.mlp)
     weights = [n for n in map(_matrix_size, mlp.modules()) if n]
-    width = model.get_submodule(f"{block.name}.norm1").weight.numel()
+    width = _width(model, block)
     if not weights:
         raise ModelError(f"MLP at {block.mlp!r} has no linear layer; expected {Mlp.__module__}.Mlp or a gated MLP")
     return int(torch.tensor(weights).sum()) // width

@@ -37,11 +37,11 @@ def evaluate(
         session = engine.load(graph, precision=precision, threads=threads)
         fixed = (session.input_shape or (None,))[0] or batch
         result = runtime_score(session, Prepared(images, pre, fixed, task), task, fixed)
-    routed = isinstance(session, RoutedSession)
+    taken = dict(zip(session.names, session.taken, strict=True)) if isinstance(session, RoutedSession) else None
     return {
         **result.to_json(),
         "runtime": runtime,
         "precision": precision or "f32",
-        **({"branches": dict(zip(session.names, session.taken, strict=True))} if routed else {}),
+        **({} if taken is None else {"branches": taken}),
         "skipped": [{"image": name, "reason": reason} for name, reason in images.failed],
     }

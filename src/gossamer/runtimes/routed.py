@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ class RoutedSession(Session):
         most = routing.batch if isinstance(routing.batch, int) else _PIECE
         sizes = {most, *(2**k for k in range(most.bit_length()))} if fixed and free else ()
         self._router, *self._branches = [
-            _Part(lambda size, graph=graph: load(graph, size), sorted(sizes)) for graph in routing.graphs
+            _Part(partial(load, graph), sorted(sizes)) for graph in routing.graphs
         ]
         first = self._router.session(max(sizes) if sizes else None)
         self.runtime, self.where = first.runtime, where

@@ -53,6 +53,9 @@ class Extractor(nn.Module):
         interpolation: ``"bilinear"`` (not antialiased, as FID is defined) or ``"bicubic"`` (antialiased).
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(  # noqa: PLR0913 - the parts of a network's preprocessing
         self, net: nn.Module, name: str, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...],
         interpolation: str = "bicubic",

@@ -10,7 +10,7 @@ import base64
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -71,7 +71,10 @@ class Predict(Protocol):
 class Evaluation(Protocol):
     """Figures of a model on a data set."""
 
-    names: list[str]
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the images, in order."""
+        ...
 
     @property
     def score(self) -> float:
@@ -91,7 +94,10 @@ class Evaluation(Protocol):
 class HasModel(Protocol):
     """A stage of a run."""
 
-    title: str
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        ...
 
     def model(self) -> nn.Module:
         """Return the stage's model."""
@@ -99,13 +105,12 @@ class HasModel(Protocol):
 
 
 class Task(Protocol):
-    """What a task provides.
+    """What a task provides."""
 
-    Attributes:
-        metric: The figure it is judged by.
-    """
-
-    metric: ClassVar[Metric]
+    @property
+    def metric(self) -> Metric:
+        """The figure it is judged by."""
+        ...
 
     def open(self, spec: str) -> ImageSource:
         """Return the images that a data specification names, as this task reads it."""

@@ -64,7 +64,7 @@ class _Block:
         """Return the MLP's first layers with the grid of their outputs (gated ones hold two values a channel)."""
         mlp, hidden = self.view.mlp, self.hidden
         layers = [(n, m) for n, m in self.model.get_submodule(mlp).named_children() if n.startswith("fc1")]
-        found = []
+        found: list[tuple[str, tuple[int, ...]]] = []
         for name, layer in layers:
             rows = layer.out_features if isinstance(layer, nn.Linear) else 0
             if rows not in (hidden, 2 * hidden):

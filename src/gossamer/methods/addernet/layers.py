@@ -24,6 +24,8 @@ __all__ = ["Choice", "NormedLinear", "choose", "convert", "convert_to_adder", "q
 class NormedLinear(nn.Linear):
     """A classifier with a batch norm on its logits, under the names of the plain one."""
 
+    norm: nn.BatchNorm1d
+
     @classmethod
     def like(cls, linear: nn.Linear) -> NormedLinear:
         """Return one with the weights of ``linear``."""

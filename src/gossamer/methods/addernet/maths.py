@@ -46,14 +46,15 @@ class AdaptiveLRScaler:
         self, model: nn.Module | Iterable[nn.Module], optimizer: torch.optim.Optimizer, eta: float = 0.2
     ) -> None:
         self.eta = eta
-        self.layers = list(adder_layers(model).values()) if isinstance(model, nn.Module) else list(model)
+        layers = adder_layers(model).values() if isinstance(model, nn.Module) else model
+        self.weights = [layer.get_parameter("weight") for layer in layers]
         self._handle = optimizer.register_step_pre_hook(lambda *_: self.scale())
 
     def scale(self) -> None:
         """Scale what gradients there are; the optimiser calls it."""
-        for layer in self.layers:
-            if layer.weight.grad is not None:
-                layer.weight.grad = scale_gradient(layer.weight.grad, self.eta)
+        for weight in self.weights:
+            if weight.grad is not None:
+                weight.grad = scale_gradient(weight.grad, self.eta)
 
     def remove(self) -> None:
         """Let the optimiser go."""

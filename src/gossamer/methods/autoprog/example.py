@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gossamer.core.schedule import Phase
 from gossamer.kits.example import MethodExample, tiny_vit
 from gossamer.methods.autoprog.method import AutoProg
 
 __all__ = ["example"]
 
-SMALL = {"stages": 3, "resolution_step": 8, "search_ratio": 0.5, "records": 2, "batches": 1, "cost": "macs"}
+SMALL: dict[str, Any] = {
+    "stages": 3, "resolution_step": 8, "search_ratio": 0.5, "records": 2, "batches": 1, "cost": "macs",
+}  # fmt: skip
 
 
 def example() -> MethodExample:

@@ -142,7 +142,8 @@ def make_game(model: nn.Module, channels: Sequence[int], judge: JudgeOptions, me
     if method.paired:
         game = PairedGame(judge.make(given + made), judge, method.lambda_recon)
     else:
-        cycle = CycleOptions(*method.lambda_cycle, method.lambda_identity, method.pool)
+        there, back = method.lambda_cycle
+        cycle = CycleOptions(there, back, method.lambda_identity, method.pool)
         game = CycleGame(judge.make(made), judge, way_back(model, "dcd"), judge.make(given), cycle)
         if method.d_fakes == "both":
             game.add_player()

@@ -63,7 +63,7 @@ class _RankingBlock(TokenBlock):
             dst_size, src_size = sizes if sizes is not None else (None, None)
             weight = similarity if self.rules.similarity_sizes else None
             if self.rules.clamp_sizes:
-                if src_size is not None:
+                if dst_size is not None and src_size is not None:
                     dst_size = dst_size.clamp(min=1)
                     src_size = (src_size if weight is None else src_size * weight).clamp(min=1)
                 weight = None  # a similarity is at most 1, so sizes of 1 are raised back to 1
@@ -196,9 +196,10 @@ class GatedBlock(_RankingBlock):
         order = rank_tokens(self.importance(parts, bias), n, self.num_prefix)
         x = take_tokens(x, order)
         size = None if size is None else size.gather(1, order)
-        mask = x.new_ones(x.shape[:2], dtype=torch.float32) if track.mask[i] is None else track.mask[i].gather(1, order)
-        if track.source[i] is not None:
-            track.source[i] = take_tokens(track.source[i], order)
+        mask, source = track.mask[i], track.source[i]
+        mask = x.new_ones(x.shape[:2], dtype=torch.float32) if mask is None else mask.gather(1, order)
+        if source is not None:
+            track.source[i] = take_tokens(source, order)
         pruned = int(self.count(self.prune_logits).detach())
         if pruned < track.alive[i]:
             mask = mask * keep_mask(self.probability(self.prune_logits), pruned, track.alive[i])
@@ -209,8 +210,9 @@ class GatedBlock(_RankingBlock):
             mask = mask * keep_mask(self.probability(self.merge_logits), merged, track.alive[i])
             track.alive[i] = merged
         track.mask[i] = mask
-        if track.source[i] is not None:
-            track.source[i] = track.source[i] * (torch.arange(n, device=x.device) < track.alive[i]).unsqueeze(-1)
+        source = track.source[i]
+        if source is not None:
+            track.source[i] = source * (torch.arange(n, device=x.device) < track.alive[i]).unsqueeze(-1)
         return x, size
 
     def _merge(self, x: Tensor, size: Tensor | None, merged: int, alive: int) -> tuple[Tensor, Tensor]:

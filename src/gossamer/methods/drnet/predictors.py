@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.models._efficientnet_blocks import InvertedResidual
@@ -21,7 +22,8 @@ _Build = Callable[[int, int], nn.Module]
 
 def _resnet10(choices: int, channels: int) -> nn.Module:
     """Return the published predictor: a residual network of one basic block a stage (4.907 M parameters)."""
-    return ResNet(BasicBlock, (1, 1, 1, 1), num_classes=choices, in_chans=channels, zero_init_last=False)
+    block: Any = BasicBlock  # timm's annotation takes an instance
+    return ResNet(block, (1, 1, 1, 1), num_classes=choices, in_chans=channels, zero_init_last=False)
 
 
 def _convolution(inputs: int, outputs: int, stride: int, kernel: int = 3) -> list[nn.Module]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -16,7 +18,7 @@ __all__ = ["example", "pairs", "tiny_edsr"]
 SIDE = 8
 
 
-def tiny_edsr(**options: object) -> nn.Module:
+def tiny_edsr(**options: Any) -> nn.Module:
     """Return a seeded EDSR x2 of one block of four channels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

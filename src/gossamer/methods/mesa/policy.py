@@ -151,14 +151,14 @@ def choose(model: nn.Module, policy: Policy) -> dict[str, Any]:
             opened.append(view.name)
     width, channels_last = 1, True
     for path, module in model.named_modules():
-        cls = _class_of(module)
+        kind = _class_of(module)
         own_products = path.rpartition(".")[0] in inside and path.rpartition(".")[2] in _ATTENTION
-        if cls is not None and not own_products and cls not in (MatMul, nn.Softmax):
-            channels_last = channels_last if cls in (nn.GELU, nn.ReLU, nn.ReLU6) else cls in (nn.Linear, nn.LayerNorm)
-            if policy.takes(path, CLASSES[cls]):
+        if kind is not None and not own_products and kind not in (MatMul, nn.Softmax):
+            channels_last = channels_last if kind in (nn.GELU, nn.ReLU, nn.ReLU6) else kind in (nn.Linear, nn.LayerNorm)
+            if policy.takes(path, CLASSES[kind]):
                 groups = policy.count(_width(module, width), _near(path, views), attention=False)
-                packed[path] = {"class": cls.__name__, "groups": groups, "dim": -1 if channels_last else 1}
-        elif cls is None and not is_packed(module) and next(module.children(), None) is None:
+                packed[path] = {"class": kind.__name__, "groups": groups, "dim": -1 if channels_last else 1}
+        elif kind is None and not is_packed(module) and next(module.children(), None) is None:
             name = type(module).__name__
             if path and name not in _KEEP_NOTHING and not isinstance(module, ActStore):
                 exact.append(f"{path} ({name})")

@@ -131,7 +131,7 @@ class QAT(Method):
             return {}
         widths = self._layout.widths(self.bits, self.first_last_bits)
         forms = {n: type(model.get_submodule(n)).__name__ for n in widths}
-        facts = {"BOPs per image": self._layout.bops(widths)}
+        facts: dict[str, Any] = {"BOPs per image": self._layout.bops(widths)}
         facts |= {f"left in float: {n}": why for n, why in self._layout.skipped.items()}
         rows = layer_rows(self._layout, widths, forms)
         return {"facts": facts, "tables": [{"title": "Quantized layers", "rows": rows}]}

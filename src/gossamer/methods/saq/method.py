@@ -346,9 +346,10 @@ class SAQ(Method):
         steps = (replace(step, phase=DERIVE, index=i, total=self.derive_batches) for i in range(self.derive_batches))
         found = measure_sharpness(model, [loaders["search"](s) for s in steps], _task_loss, self._ascent(DERIVE))
         bits = [list(pair) for pair in space.body(row)]
-        record = {"bits": bits, "bops": space.bops(row), "drawn": drawn, "loss": found.loss, "sharpness": found.rise}
+        bops = space.bops(row)
+        record = {"bits": bits, "bops": bops, "drawn": drawn, "loss": found.loss, "sharpness": found.rise}
         self._found = [*self._found, record]
-        return {"bops": float(record["bops"]), "loss": found.loss, "sharpness": found.rise}
+        return {"bops": float(bops), "loss": found.loss, "sharpness": found.rise}
 
     # -- report and state ------------------------------------------------------------------------
     def describe(self, model: nn.Module) -> dict[str, Any]:
