@@ -98,6 +98,16 @@ def test_style_and_content() -> None:
     assert y.grad is None and x.grad is not None and all(p.grad is None for p in net.parameters())
 
 
+def test_what_comes_after_the_last_feature_is_not_computed() -> None:
+    net, ran = _Deep(), []
+    net.b.register_forward_hook(lambda *_: ran.append("b"))
+    picture = torch.zeros(1, 3, 8, 8)
+    seer = PerceptualNetwork(net, ["a"])
+    assert [f.shape for f in seer(picture)] == [(1, 4, 6, 6)] and not ran
+    net.forward_features(picture)  # the network itself still runs to its end
+    assert ran == ["b"]
+
+
 def test_vgg_taps_are_the_published_ones() -> None:
     import timm
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +25,23 @@ HOW = (
 )
 
 
+class _Reached(Exception):  # noqa: N818 - a way out, not an error
+    """The last module that counts has run."""
+
+
 class _Trunk(nn.Module):
-    """A timm model without its classifier."""
+    """A timm model as far as its module ``last``: what comes after is not computed."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, last: str) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.last = net, last
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net.forward_features(x)  # type: ignore[operator]
+    def forward(self, x: Tensor) -> None:
+        def leave(*_: object) -> None:
+            raise _Reached
+
+        with self.net.get_submodule(self.last).register_forward_hook(leave), suppress(_Reached):
+            self.net.forward_features(x)  # type: ignore[operator]
 
 
 class PerceptualNetwork(nn.Module):
@@ -53,11 +62,11 @@ class PerceptualNetwork(nn.Module):
 
     def __init__(self, net: nn.Module, paths: Sequence[str], *, normalise: bool = False, content: int = 1) -> None:
         super().__init__()
-        self.trunk = _Trunk(net.eval().requires_grad_(False))
         known = dict(net.named_modules())
         missing = [p for p in paths if p not in known]
         if missing or not paths or not hasattr(net, "forward_features"):
             raise ModelError(f"perceptual network {type(net).__name__}: no features at {missing or list(paths)}; {HOW}")
+        self.trunk = _Trunk(net.eval().requires_grad_(False), paths[-1])
         self.paths, self.content = tuple(f"net.{p}" for p in paths), min(content, len(paths) - 1)
         pre = preprocessing(net)
         mean, std = (pre.mean, pre.std) if normalise else ((0.0,), (1.0,))
