@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,7 +18,10 @@ from gossamer.models.source import inherit
 from gossamer.ops.routing import Resized, Routed, gumbel_noise, route, straight_through
 from gossamer.ops.switchable import SwitchableNorm, only_setting, select_norms, shared_copy
 
-__all__ = ["DynamicResolution", "give_norms", "norm_paths"]
+__all__ = ["CREDITS", "Drawn", "DynamicResolution", "Shifted", "give_norms", "norm_paths"]
+
+CREDITS = ("chosen", "dense", "expected")
+"""What the predictor learns from: see ``DynamicResolution``."""
 
 
 def norm_paths(net: nn.Module, *, shared_shortcuts: bool = False) -> list[str]:
@@ -46,12 +50,49 @@ def give_norms(net: nn.Module, sizes: Sequence[int], *, shared_shortcuts: bool =
     return net
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What a drawn training pass leaves for the loss.
+
+    Attributes:
+        choice: One-hot rows [B, m] with the gradient of the straight-through choice.
+        odds: Probabilities [B, m] that the sizes were drawn with, with their gradient.
+        said: Logits [B, m, K] of all sizes, without gradient; ``None`` unless the credit is ``"expected"``.
+    """
+
+    choice: Tensor
+    odds: Tensor
+    said: Tensor | None = None
+
+
+class Shifted(nn.Module):
+    """A predictor with numbers added to its scores.
+
+    Args:
+        module: Images to scores [B, m].
+        shift: The m numbers.
+    """
+
+    def __init__(self, module: nn.Module, shift: Sequence[float]) -> None:
+        super().__init__()
+        self.module = module
+        self.register_buffer("shift", torch.tensor(list(shift), dtype=torch.float32))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return scores [B, m] of ``images`` [B, C, H, W]."""
+        return self.module(images) + self.shift
+
+
 class DynamicResolution(nn.Module):
     """A classifier that sees each image at the size its predictor chooses (arXiv 2106.02898, sections 3.1 and 3.2).
 
-    In training inside ``drawing`` the choice is drawn by Gumbel noise, and every output is multiplied by its choice's
-    entry (1) so that the gradient reaches the predictor; else the largest score decides. Either way the batch is split
-    by size, and each part runs alone with its own norms: statistics count the images that are really routed there.
+    In training inside ``drawing`` the choice is drawn by Gumbel noise; else the largest score decides. Either way the
+    batch is split by size, and each part runs alone with its own norms: statistics count the images that are really
+    routed there. The predictor's gradient comes from the outputs, multiplied by their choice's entry (1):
+
+    - ``credit="chosen"`` (published): of the size chosen alone;
+    - ``credit="dense"``: of all sizes, summed under the choice as equation 4 writes it; those not chosen add 0;
+    - ``credit="expected"`` (not of the paper): nothing is multiplied, and all sizes' outputs are left to the loss.
 
     Args:
         net: The classifier, its norms switchable by size.
@@ -63,18 +104,20 @@ class DynamicResolution(nn.Module):
     Attributes:
         fixed: Index of the size that all images take, while the predictor is not in use.
         shares: Share of the images that each size was measured to take; before that, all take the largest.
-        dense: In drawn passes, let the choice's gradient see what the sizes not chosen would have said.
+        credit: See above.
+        shift: Added to the scores of the routed form (``deployed``).
     """
 
     def __init__(self, net: nn.Module, router: nn.Module, sizes: Sequence[int], base: int, least: int = 2) -> None:
         super().__init__()
         self.net, self.router = net, router
         self.sizes, self.base, self.least = tuple(sizes), base, least
-        self.dense = False
+        self.credit = CREDITS[0]
+        self.shift: tuple[float, ...] | None = None
         self.fixed: int | None = 0
         self.shares = (1.0, *[0.0] * (len(self.sizes) - 1))
         self._draw: tuple[float, Callable[[], torch.Generator]] | None = None
-        self._choice: Tensor | None = None
+        self._drawn: Drawn | None = None
         inherit(self, net)
 
     def at(self, index: int, images: Tensor) -> Tensor:
@@ -97,19 +140,26 @@ class DynamicResolution(nn.Module):
         heat, generator = self._draw
         choice = straight_through(scores, gumbel_noise(scores.shape, generator()), heat)
         index = choice.argmax(1)
-        self._choice = choice
-        out = route(images, index, branches) * choice.gather(1, index[:, None])
-        return out + self._unchosen(images, choice) if self.dense else out
+        said = None if self.credit == "chosen" else self._said(images)
+        self._drawn = Drawn(choice, scores.softmax(1), said)
+        out = route(images, index, branches)
+        if self.credit == "expected":
+            return out
+        out = out * choice.gather(1, index[:, None])
+        if said is None:
+            return out
+        left = choice * (choice.detach() == 0)  # all 0, with a gradient
+        return out + (left[:, :, None] * said).sum(1)
 
-    def _unchosen(self, images: Tensor, choice: Tensor) -> Tensor:
-        """Return the sum over sizes not chosen of their logits times their entries of the choice: 0, with a gradient.
+    @torch.no_grad()
+    def _said(self, images: Tensor) -> Tensor:
+        """Return the logits [B, m, K] of all sizes; the passes train nothing and leave the norms' statistics alone.
 
-        Their passes train nothing and leave the norms' statistics alone.
+        Norms use the batch's own statistics: running ones lag behind the weights, most at sizes that few images take,
+        which would then look worse still.
         """
-        with torch.no_grad(), _held(self.net):
-            said = torch.stack([self.at(j, images) for j in range(len(self.sizes))], 1)
-        left = choice * (choice.detach() == 0)
-        return (left[:, :, None] * said).sum(1)
+        with _unrecorded(self.net):
+            return torch.stack([self.at(j, images) for j in range(len(self.sizes))], 1).float()
 
     @contextmanager
     def drawing(self, heat: float, generator: Callable[[], torch.Generator]) -> Iterator[None]:
@@ -122,23 +172,23 @@ class DynamicResolution(nn.Module):
         try:
             yield
         finally:
-            self._draw = self._choice = None
+            self._draw = self._drawn = None
 
     @property
     def draws(self) -> bool:
         """Whether a training pass draws its choices now."""
         return self._draw is not None and self.fixed is None and self.training
 
-    def take_choice(self) -> Tensor:
-        """Return the choice [B, m] of the last training pass, once.
+    def take_drawn(self) -> Drawn:
+        """Return what the last training pass drew, once.
 
         Raises:
             StateError: No pass has drawn one since.
         """
-        if self._choice is None:
+        if self._drawn is None:
             raise StateError("drnet: no resolution was drawn; run a training pass inside drawing(...) before each read")
-        choice, self._choice = self._choice, None
-        return choice
+        drawn, self._drawn = self._drawn, None
+        return drawn
 
     @contextmanager
     def only(self, index: int | None) -> Iterator[None]:
@@ -160,7 +210,8 @@ class DynamicResolution(nn.Module):
         if self.fixed is not None:
             return inherit(self.branch(self.fixed), self)
         branches = [self.branch(j) for j in range(len(self.sizes))]
-        routed = Routed(shared_copy(self.router), branches, [str(s) for s in self.sizes], self.shares)
+        router = shared_copy(self.router) if self.shift is None else Shifted(shared_copy(self.router), self.shift)
+        routed = Routed(router, branches, [str(s) for s in self.sizes], self.shares)
         return inherit(routed, self).eval()
 
 
@@ -175,3 +226,16 @@ def _held(net: nn.Module) -> Iterator[None]:
     finally:
         for m in norms:
             m.train()
+
+
+@contextmanager
+def _unrecorded(net: nn.Module) -> Iterator[None]:
+    """Let batch norms in training use the batch's statistics without taking note of them."""
+    norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    for m in norms:
+        m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for m in norms:
+            m.track_running_stats = True

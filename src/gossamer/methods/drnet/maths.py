@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gossamer.core.errors import ModelError, RecipeError
 from gossamer.cost.ledger import cost
 
-__all__ = ["budget_term", "default_sizes", "predictor_side", "probe", "temperature"]
+__all__ = ["budget_shift", "budget_term", "credit_term", "default_sizes", "predictor_side", "probe", "temperature"]
 
 SHARES = (1.0, 0.75, 0.5)
 """Published sizes over the network's own: 224, 168 and 112 of 224."""
@@ -49,6 +50,48 @@ def budget_term(choice: Tensor, macs: Sequence[float], target: float) -> Tensor:
     costs = choice.new_tensor([c / max(macs) for c in macs])
     span = float(costs.max() - costs.min()) or 1.0
     return torch.relu((choice @ costs).mean() - target / max(macs)) / span
+
+
+def credit_term(odds: Tensor, said: Tensor, target: Tensor) -> Tensor:
+    """Return 0 with the gradient of the loss expected under the odds, which a draw's gradient has in the mean.
+
+    ``mean_i sum_j odds_ij CE(said_ij, target_i)`` without its value: unlike the straight-through gradient it compares
+    the losses themselves, and no draw enters. Not of the paper.
+
+    Args:
+        odds: Probabilities [B, m] of the sizes, with their gradient.
+        said: Logits [B, m, K] of every size.
+        target: [B] class indices, or [B, K] class probabilities.
+    """
+    each = [F.cross_entropy(logits, target, reduction="none") for logits in said.unbind(1)]
+    return ((odds - odds.detach()) * torch.stack(each, 1)).sum(1).mean()
+
+
+def budget_shift(scores: Tensor, macs: Sequence[float], target: float) -> list[float]:
+    """Return what to add to the scores so that the largest costs ``target`` or less in the mean.
+
+    Every score pays one price for its cost, ``-price * C_j / C_max``: the least that suffices, 0 where the scores alone
+    do. Not of the paper.
+
+    Args:
+        scores: [N, m], float32.
+        macs: Cost C_j of every candidate.
+        target: Bound of the mean, in the same unit; at least the smallest cost.
+    """
+    costs = [c / max(macs) for c in macs]
+    gap = min((abs(a - b) for a in costs for b in costs if a != b), default=1.0)
+
+    def shift(paid: float) -> list[float]:
+        return [-paid * c for c in costs]
+
+    high = (float(scores.max() - scores.min()) + 1) / gap
+    low, paid = 0.0, 0.0
+    for _ in range(60):
+        taken = (scores + torch.tensor(shift(paid))).argmax(1)
+        fits = float(torch.tensor(costs)[taken].double().mean()) <= target / max(macs)
+        low, high = (low, paid) if fits else (paid, high)
+        paid = (low + high) / 2
+    return shift(high)
 
 
 @contextmanager

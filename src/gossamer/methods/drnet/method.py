@@ -22,8 +22,16 @@ from gossamer.core.method import Edit, Evaluate, Grads, Method
 from gossamer.core.schedule import Batch, Loader, Phase, Plan, Step, Terms
 from gossamer.cost.budget import Budget
 from gossamer.cost.ledger import cost
-from gossamer.methods.drnet.layers import DynamicResolution, give_norms, norm_paths
-from gossamer.methods.drnet.maths import budget_term, default_sizes, predictor_side, probe, temperature
+from gossamer.methods.drnet.layers import CREDITS, DynamicResolution, give_norms, norm_paths
+from gossamer.methods.drnet.maths import (
+    budget_shift,
+    budget_term,
+    credit_term,
+    default_sizes,
+    predictor_side,
+    probe,
+    temperature,
+)
 from gossamer.methods.drnet.predictors import build_predictor, kind_of, reset
 from gossamer.models.preprocessing import preprocessing
 from gossamer.ops.modes import evaluating
@@ -52,13 +60,18 @@ class DRNet(Method):
         eta: Weight of the budget term.
         tau: Temperature of the straight-through gradient.
         tau_end: Temperature at the end of the training, reached by equal factors; null: constant, as released.
-        dense: Also run the sizes that were not chosen, forward alone, so that the predictor learns from what they would
-            have said (published: no). Costs their forward passes; in short trainings the predictor otherwise tends to
-            settle on one size for all images.
+        credit: What the predictor learns from: ``"chosen"``, the output of the size drawn (published); ``"dense"``,
+            those of all sizes, through the choice; ``"expected"``, all sizes' losses, weighed by the odds of drawing
+            them (ours: no noise of the draw). The last two cost a forward pass at every size; in short trainings the
+            predictor otherwise tends to settle on one size for all images.
+        calibrate: In the end lower the scores by cost until the largest one meets ``macs`` on the images that the
+            shares are counted on (ours; published: what is drawn meets it in training, the largest score need not).
         resolution_norm: Private copies of the norms for every size; off: shared ones (ablation).
         shared_shortcut_bn: Norms on shortcuts common to all sizes, as in the released code.
         multires_steps: Steps of the training at all resolutions that comes first; null: 0.7 of the recipe's own.
         predictor_lr: Learning rate of the predictor; null: the recipe's (published: a tenth of it).
+        joint_lr: Learning rate of the network in the joint training; null: the recipe's (published). A high one makes
+            the network specialise on whichever size most images take just then, and that size win all of them.
         predictor_decay: Weight decay of the predictor.
         smallest_part: Parts of a batch with fewer images leave the norms' statistics alone.
         count_batches: Batches of the calibration loader on which the shares of the sizes are counted in the end.
@@ -77,17 +90,19 @@ class DRNet(Method):
     eta: float = 0.2
     tau: float = 1.0
     tau_end: float | None = None
-    dense: bool = False
+    credit: str = "chosen"
+    calibrate: bool = False
     resolution_norm: bool = True
     shared_shortcut_bn: bool = False
     multires_steps: int | None = None
     predictor_lr: float | None = None
+    joint_lr: float | None = None
     predictor_decay: float = 1e-4
     smallest_part: int = 2
     count_batches: int = 8
 
     _plan: Edit = field(default_factory=dict, init=False, repr=False, compare=False)
-    _counts: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
+    _scores: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)
 
     # -- options ---------------------------------------------------------------------------------
     def check(self) -> None:
@@ -101,10 +116,14 @@ class DRNet(Method):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise RecipeError(f"drnet: {name}={value}; expected {low} or more")
-        for name in ("tau", "tau_end", "predictor_lr", "predictor_size"):
+        for name in ("tau", "tau_end", "predictor_lr", "joint_lr", "predictor_size"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise RecipeError(f"drnet: {name}={value}; expected a number above 0")
+        if self.credit not in CREDITS:
+            raise RecipeError(f"drnet: credit={self.credit!r}; expected one of {', '.join(CREDITS)}")
+        if self.calibrate and self.macs is None:
+            raise RecipeError("drnet: calibrate=True without macs; say in macs which mean cost to meet")
         kind_of(self.predictor)
 
     @property
@@ -135,7 +154,7 @@ class DRNet(Method):
         edit: Edit = {
             "do": "wrap", "sizes": sizes, "base": height, "channels": channels, "choices": len(sizes), "macs": macs,
             "predictor": self.predictor, "predictor_size": side, "own_norms": self.resolution_norm,
-            "shared_shortcuts": self.shared_shortcut_bn, "least": self.smallest_part, "dense": self.dense,
+            "shared_shortcuts": self.shared_shortcut_bn, "least": self.smallest_part, "credit": self.credit,
         }  # fmt: skip
         edit["predictor_macs"] = cost(_router(edit), (channels, height, width), saved=False).macs
         return {**edit, "target": self._target(edit)}
@@ -179,9 +198,9 @@ class DRNet(Method):
         """Decide the routed form."""
         if self._off:
             return None
-        if not isinstance(model, DynamicResolution) or not sum(self._counts):
+        if not isinstance(model, DynamicResolution) or not self._scores:
             raise StateError(f"drnet: no shares were counted; run all phases, {COUNT!r} last, before finish")
-        return {"do": "finish", "shares": [n / sum(self._counts) for n in self._counts]}
+        return {"do": "finish", "shares": self._shares(), "shift": self._shift()}
 
     def apply(self, model: nn.Module, edit: Edit) -> nn.Module:
         """Wrap the network, put the predictor to use, or give the model its routed form."""
@@ -190,13 +209,13 @@ class DRNet(Method):
             if edit["own_norms"]:
                 give_norms(model, edit["sizes"], shared_shortcuts=edit["shared_shortcuts"])
             wrapped = DynamicResolution(model, _router(edit), edit["sizes"], edit["base"], edit["least"])
-            wrapped.dense = edit["dense"]
+            wrapped.credit = edit["credit"]
             return wrapped.train(model.training)
         assert isinstance(model, DynamicResolution)  # noqa: S101 - made so by the edit before
         if edit["do"] == "route":
             model.fixed = None
             return model
-        model.shares = tuple(edit["shares"])
+        model.shares, model.shift = tuple(edit["shares"]), edit["shift"]
         return model.deployed()
 
     # -- schedule --------------------------------------------------------------------------------
@@ -218,7 +237,8 @@ class DRNet(Method):
         return plan.after("fit", Phase(COUNT, self.count_batches, turns=(), work=self._count))
 
     def _joint(self, fit: Phase) -> Phase:
-        lr = {} if self.predictor_lr is None else {"predictor": self.predictor_lr}
+        rates = {"predictor": self.predictor_lr, "weights": self.joint_lr}
+        lr = {group: rate for group, rate in rates.items() if rate is not None}
         own = {"predictor": {"weight_decay": self.predictor_decay}}
         (joined,) = Plan((fit,)).join("predictor", "weights")
         return replace(joined, lr={**(fit.lr or {}), **lr}, optimizer={**(fit.optimizer or {}), **own}, fresh=True)
@@ -238,10 +258,21 @@ class DRNet(Method):
         assert isinstance(model, DynamicResolution)  # noqa: S101 - wrapped since the first phase
         loader = loaders.get("calibration") or loaders["train"]
         with evaluating(model):
-            index = model.router(loader(step)["image"]).argmax(1)
-        new = torch.bincount(index, minlength=len(model.sizes)).tolist()
-        self._counts = [a + b for a, b in zip(self._counts or [0] * len(new), new, strict=True)]
-        return {f"share_{s}": n / sum(new) for s, n in zip(model.sizes, new, strict=True)}
+            self._scores.append(model.router(loader(step)["image"]).float().cpu())
+        return {f"share_{s}": share for s, share in zip(model.sizes, self._shares(), strict=True)}
+
+    def _shift(self) -> list[float] | None:
+        """Return what is added to the scores in the end."""
+        target, macs = self._plan["target"], self._plan["macs"]
+        if not self.calibrate or target is None:
+            return None
+        shift = budget_shift(torch.cat(self._scores), macs, target)
+        return shift if any(shift) else None
+
+    def _shares(self) -> list[float]:
+        """Return the shares of the sizes among the images counted so far."""
+        scores = torch.cat(self._scores) + torch.tensor(self._shift() or 0.0)
+        return [float(n) / len(scores) for n in torch.bincount(scores.argmax(1), minlength=scores.shape[1])]
 
     # -- step ------------------------------------------------------------------------------------
     def wrap_grads(self, grads: Grads, evaluate: Evaluate) -> Grads:
@@ -267,10 +298,12 @@ class DRNet(Method):
         """Return the weighted budget term of a pass whose sizes were drawn."""
         if not isinstance(model, DynamicResolution) or not model.draws:
             return {}
-        choice = model.take_choice()
-        if self._plan["target"] is None:
-            return {}
-        return {"drnet.budget": self.eta * budget_term(choice, self._plan["macs"], self._plan["target"])}
+        drawn, terms = model.take_drawn(), {}
+        if drawn.said is not None and self.credit == "expected":
+            terms["drnet.credit"] = credit_term(drawn.odds, drawn.said, batch["target"])
+        if self._plan["target"] is not None:
+            terms["drnet.budget"] = self.eta * budget_term(drawn.choice, self._plan["macs"], self._plan["target"])
+        return terms
 
     # -- evaluation, report, state ---------------------------------------------------------------
     def variants(self, model: nn.Module) -> dict[str, AbstractContextManager[None]]:
@@ -283,27 +316,27 @@ class DRNet(Method):
         """Return sizes, costs, shares and the mean cost they make."""
         if not self._plan:
             return {}
-        macs, spent, total = self._plan["macs"], self._plan["predictor_macs"], sum(self._counts)
-        shares = [n / total for n in self._counts] if total else [None] * len(macs)
+        macs, spent, total = self._plan["macs"], self._plan["predictor_macs"], sum(map(len, self._scores))
+        shares = self._shares() if total else [None] * len(macs)
         rows = [
             {"pixels": s, "MACs": m, "share of the images": None if share is None else round(share, 4)}
             for s, m, share in zip(self._plan["sizes"], macs, shares, strict=True)
         ]
         facts: dict[str, Any] = {"predictor": self.predictor, "predictor's MACs": spent, "images counted": total}
         if total:
-            mean = sum(n / total * m for n, m in zip(self._counts, macs, strict=True))
+            mean = sum(share * m for share, m in zip(self._shares(), macs, strict=True))
             facts |= {"mean MACs of an image": round(mean + spent), "over the largest size": round(mean / max(macs), 4)}
         if self._plan["target"] is not None:
             facts["target of the mean, without predictor"] = round(self._plan["target"])
         return {"facts": facts, "tables": [{"title": "Resolutions", "rows": rows}]}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the images counted so far by size."""
-        return {"counts": list(self._counts)}
+        """Return the scores of the images counted so far."""
+        return {"scores": list(self._scores)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self._counts = list(state["counts"])
+        self._scores = list(state["scores"])
 
 
 def _router(edit: Edit) -> nn.Module:

@@ -22,7 +22,15 @@ from gossamer.kits.example import noise
 from gossamer.methods.drnet import DRNet
 from gossamer.methods.drnet.example import tiny_resnet
 from gossamer.methods.drnet.layers import DynamicResolution, give_norms
-from gossamer.methods.drnet.maths import budget_term, default_sizes, predictor_side, probe, temperature
+from gossamer.methods.drnet.maths import (
+    budget_shift,
+    budget_term,
+    credit_term,
+    default_sizes,
+    predictor_side,
+    probe,
+    temperature,
+)
 from gossamer.methods.drnet.predictors import build_predictor, reset
 from gossamer.models.build import load_model
 from gossamer.ops.routing import Resized, straight_through
@@ -194,14 +202,14 @@ def test_the_gradient_reaches_the_predictor_through_the_choice() -> None:
     model = wrapped().train()
     with model.drawing(1.0, lambda: torch.Generator().manual_seed(1)):
         out = model(images())
-        choice = model.take_choice()
+        choice = model.take_drawn().choice
         assert set(choice.unique().tolist()) == {0.0, 1.0} and choice.sum(1).eq(1).all()
         with torch.no_grad():
             model(images())
-        assert torch.equal(model.take_choice(), choice)  # a second pass of the step sees the same choices
+        assert torch.equal(model.take_drawn().choice, choice)  # a second pass of the step sees the same choices
         F.cross_entropy(out, torch.arange(6)).backward()
         with pytest.raises(StateError, match="inside drawing"):
-            model.take_choice()
+            model.take_drawn()
     assert model.router.module[-1].weight.grad.abs().sum() > 0
     scores = torch.randn(5, 3, requires_grad=True)
     (straight_through(scores) * torch.randn(5, 3)).sum().backward()
@@ -210,12 +218,12 @@ def test_the_gradient_reaches_the_predictor_through_the_choice() -> None:
 
 def test_the_dense_form_adds_gradient_and_nothing_else() -> None:
     found = []
-    for dense in (False, True):
+    for credit in ("chosen", "dense"):
         model = wrapped().train()
-        model.dense = dense
+        model.credit = credit
         with model.drawing(1.0, lambda: torch.Generator().manual_seed(1)):
             out = model(images())
-            choice = model.take_choice()
+            choice = model.take_drawn().choice
             choice.retain_grad()
             F.cross_entropy(out, torch.arange(6)).backward()
         weights = {n: p.grad for n, p in model.net.named_parameters() if p.grad is not None}
@@ -228,6 +236,75 @@ def test_the_dense_form_adds_gradient_and_nothing_else() -> None:
         assert mine.keys() == theirs.keys()
         for name, value in theirs.items():
             torch.testing.assert_close(mine[name], value)
+
+
+def test_the_expected_credit_is_the_gradient_of_the_mean_loss_over_all_draws() -> None:
+    scores, said, target = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3, 4), torch.tensor([0, 3, 1, 1, 2])
+    odds = scores.softmax(1)
+    term = credit_term(odds, said, target)
+    assert term == 0
+    (found,) = torch.autograd.grad(term, scores, retain_graph=True)
+    losses = torch.stack([F.cross_entropy(said[:, j], target, reduction="none") for j in range(3)], 1)
+    (expected,) = torch.autograd.grad((odds * losses).sum(1).mean(), scores)
+    torch.testing.assert_close(found, expected)
+    soft = F.one_hot(target, 4).float()
+    torch.testing.assert_close(torch.autograd.grad(credit_term(scores.softmax(1), said, soft), scores)[0], expected)
+
+
+def test_the_expected_credit_compares_all_sizes_and_leaves_the_network_to_the_drawn_one() -> None:
+    model = wrapped().train()
+    model.credit = "expected"
+    with model.drawing(1.0, lambda: torch.Generator().manual_seed(1)):
+        out = model(images())
+        drawn = model.take_drawn()
+    index = drawn.choice.argmax(1)
+    assert drawn.said is not None and drawn.said.shape == (6, 3, 10) and not drawn.said.requires_grad
+    plain = wrapped().train()
+    plain.load_state_dict(wrapped().state_dict())
+    with plain.drawing(1.0, lambda: torch.Generator().manual_seed(1)):
+        torch.testing.assert_close(out, plain(images()))
+        assert torch.equal(plain.take_drawn().choice.argmax(1), index)
+    for name, value in plain.net.named_buffers():
+        torch.testing.assert_close(model.net.get_buffer(name), value)
+    F.cross_entropy(out, torch.arange(6)).backward(retain_graph=True)
+    assert all(p.grad is None for p in model.router.parameters())
+    credit_term(drawn.odds, drawn.said, torch.arange(6)).backward()
+    assert model.router.module[-1].weight.grad.abs().sum() > 0
+
+
+def test_all_sizes_are_asked_under_the_batchs_own_statistics() -> None:
+    model = wrapped().train()
+    model.credit = "expected"
+    with model.drawing(1.0, lambda: torch.Generator().manual_seed(1)):
+        model(images())
+        said = model.take_drawn().said
+    with torch.no_grad():
+        expected = torch.stack([wrapped().train().at(j, images()) for j in range(3)], 1)
+    torch.testing.assert_close(said, expected)
+
+
+def test_shifted_scores_meet_the_target() -> None:
+    scores, macs = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)), [100.0, 60.0, 20.0]
+    for target in (25.0, 40.0, 55.0):
+        shift = budget_shift(scores, macs, target)
+        spent = torch.tensor(macs)[(scores + torch.tensor(shift)).argmax(1)].mean()
+        assert target - 0.2 <= spent <= target
+        assert shift == pytest.approx([shift[0] * c / 100 for c in macs])
+    assert budget_shift(scores, macs, 90.0) == [0.0, 0.0, 0.0]  # they cost 60 as they are
+
+
+def test_a_calibrated_model_meets_its_budget_by_the_largest_score() -> None:
+    method = DRNet(
+        predictor="small", macs="60%", count_predictor=False, calibrate=True, credit="expected", count_batches=9
+    )
+    _, after, stack, rows = run(method)
+    plan, last = stack.edits[0][1], stack.edits[-1][1]
+    mean = sum(s * m for s, m in zip(last["shares"], plan["macs"], strict=True))
+    assert mean <= plan["target"] and "drnet.credit" in rows[-1][1]
+    batches = torch.cat([noise(Step("drnet.count", "work", i, 9))["image"] for i in range(9)])
+    with torch.no_grad():
+        taken = torch.bincount(after.router(batches).argmax(1), minlength=3) / len(batches)
+    torch.testing.assert_close(taken, torch.tensor(last["shares"]))
 
 
 def test_the_budget_term_is_a_hinge_between_0_and_1() -> None:
@@ -325,12 +402,18 @@ def test_ablations_and_options() -> None:
     shared = give_norms(net, (64, 32), shared_shortcuts=True)
     assert isinstance(shared.layer2[0].downsample[1], nn.BatchNorm2d) and isinstance(shared.bn1, SwitchableNorm)
     assert isinstance(give_norms(load_model("resnet18"), (64, 32)).layer2[0].downsample[1], SwitchableNorm)
-    plan = Stack([DRNet(predictor_lr=0.01, multires_steps=5, predictor_decay=0.3)]).phases(Plan((Phase("fit", 10),)))
+    plan = Stack([DRNet(predictor_lr=0.01, joint_lr=0.02, multires_steps=5, predictor_decay=0.3)]).phases(
+        Plan((Phase("fit", 10),))
+    )
     assert [(p.name, p.steps) for p in plan] == [
         ("drnet.multires", 5), ("drnet.predictor", 1), ("fit", 10), ("drnet.count", 8),
     ]  # fmt: skip
     fit = plan[2]
-    assert fit.lr == {"predictor": 0.01} and fit.optimizer == {"predictor": {"weight_decay": 0.3}} and fit.fresh
+    assert (
+        fit.lr == {"predictor": 0.01, "weights": 0.02}
+        and fit.optimizer == {"predictor": {"weight_decay": 0.3}}
+        and fit.fresh
+    )
     assert fit.turns[0].trains == ("weights", "predictor") and plan[0].turns[0].trains == ("weights",)
 
 
@@ -384,6 +467,8 @@ class Summed(nn.Module):
         ({"macs": "much"}, "is no budget"),
         ({"tau": 0.0}, "tau=0.0; expected a number above 0"),
         ({"eta": -1.0}, "eta=-1.0; expected 0 or more"),
+        ({"credit": "all"}, "credit='all'; expected one of chosen, dense, expected"),
+        ({"calibrate": True}, "calibrate=True without macs"),
         ({"predictor": "resnet1O"}, "allowed are resnet10, inverted, small and timm models; did you mean 'resnet10'"),
     ],
 )
