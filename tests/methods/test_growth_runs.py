@@ -25,7 +25,7 @@ from gossamer.models.preprocessing import preprocessing
 from gossamer.recipe import TrainSettings
 from gossamer.tasks.classification import Classification
 
-SEARCH = {"search_ratio": 0.5, "records": 2, "batches": 1, "cost": "macs", "resolution_step": 8, "stages": 3}
+SEARCH = {"search_ratio": 0.5, "records": 2, "batches": 2, "cost": "macs", "resolution_step": 8, "stages": 3}
 MANUAL = {"search": False, "resolution_step": 8}
 
 
@@ -126,8 +126,8 @@ def test_supernet_holds_the_network_it_grew_from():
     elastic = method._elastic()
     with elastic.running(model, [3]):
         inside = logits(model, images)
-    losses = {"0": [[3.0]] * 9}
-    losses["0"][4] = [1.0]  # (24, 3)
+    losses = {"0": [[3.0, 3.1]] * 9}
+    losses["0"][4] = [1.0, 1.1]  # (24, 3)
     method._losses, method._costs = losses, [1.0] * 9
     model = method.apply(model, method.enter(model, Phase("fit.stage0", 1)))
     assert len(model.blocks) == 3 and torch.allclose(logits(model, images), inside, atol=1e-6)

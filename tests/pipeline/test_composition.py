@@ -24,7 +24,7 @@ GROUPS = {"emb": 8, "head": 1, "qk": 4, "v": 4, "mlp": 16}
 METHODS = [
     {"mesa": {}},
     {"autoprog": {"phase": "pretrain", "stages": 2, "resolution_step": 8, "search_ratio": 0.5, "records": 1,
-                  "batches": 1, "cost": "macs"}},
+                  "batches": 2, "cost": "macs"}},
     {"nvit": {"macs": "70%", "interval": 2, "rounds": 2, "group_sizes": GROUPS, "distil_fit": False}},
     {"diffrate": {"macs": "80%", "search_steps": 2}},
     {"manifold_distillation": {"k": 16}},

@@ -11,7 +11,7 @@ from gossamer.methods.autoprog.method import AutoProg
 __all__ = ["example"]
 
 SMALL: dict[str, Any] = {
-    "stages": 3, "resolution_step": 8, "search_ratio": 0.5, "records": 2, "batches": 1, "cost": "macs",
+    "stages": 3, "resolution_step": 8, "search_ratio": 0.5, "records": 2, "batches": 2, "cost": "macs",
 }  # fmt: skip
 
 

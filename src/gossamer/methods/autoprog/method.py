@@ -58,18 +58,18 @@ class AutoProg(Method):
         growth: How new blocks begin: ``"mogrow"`` (published: the momentum copy of their source),
             ``"mogrow_release"`` (the whole network from a slower momentum copy), ``"interpolate"``, ``"stack"``,
             ``"identity"``, ``"random"``, ``"noise"``.
-        momentum: Decay of the momentum copy, also used to score candidates.
+        momentum: Decay of the momentum copy, also used to score candidates (published: 0.998). ``None``: it remembers
+            a fifth of a search as in the published trainings, where that gives 0.998; at most that.
         release_momentum: Decay of the slower copy of ``"mogrow_release"``.
-        momentum_warmup: Let the decay rise over the first updates: in a training of hundreds of steps the copy
-            would otherwise be the initial weights.
+        momentum_warmup: Let the decay rise over the first updates: the copy would otherwise be the initial weights.
         search: Decide by a supernet; off: the manual linear schedule.
         search_ratio: Share of a stage that the supernet trains (published: 2 of 25 epochs).
         records: How often candidates are scored in a search; their losses are averaged.
         batches: Training batches a candidate is scored on, the same for all.
         timing_steps: Forward and backward passes that its time is the median of.
         cost: ``"time"`` (measured here) or ``"macs"`` (counted; the same everywhere).
-        errors: A dearer candidate must beat a cheaper one by this many standard errors of their difference over
-            the scored batches; 0 (published): the least mean wins. Short searches on few images want 2.
+        errors: Keep to the linear schedule unless another candidate's score is lower by more than this many standard
+            errors of their difference over the scored batches; 0 (published): the least score wins.
         stay: Whether a depth may stay as it is at a search (the release always grows it).
         regularisation: Share of its final strength that each regulariser starts with: RandAugment
             ``magnitude``, ``drop_path``, random-``erase`` probability.
@@ -85,7 +85,7 @@ class AutoProg(Method):
     dims: list[str] = field(default_factory=lambda: list(DIMENSIONS))
     resolution_step: int | None = None
     growth: str = "mogrow"
-    momentum: float = 0.998
+    momentum: float | None = None
     release_momentum: float = 0.9996
     momentum_warmup: bool = True
     search: bool = True
@@ -94,7 +94,7 @@ class AutoProg(Method):
     batches: int = 50
     timing_steps: int = 50
     cost: str = "time"
-    errors: float = 0.0
+    errors: float = 2.0
     stay: bool = True
     regularisation: dict[str, float] = field(
         default_factory=lambda: {"magnitude": 0.5, "drop_path": 0.0, "erase": 0.0}
@@ -130,6 +130,11 @@ class AutoProg(Method):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise RecipeError(f"autoprog: {name}={value}; expected {low} to {high}")
+        if self.search and self.errors and self.batches < 2:
+            raise RecipeError(
+                f"autoprog: batches={self.batches} with errors={self.errors:g}; one batch shows no error. "
+                f"Score at least 2, or set errors=0"
+            )
         for name, share in self.regularisation.items():
             if share > 1:
                 raise RecipeError(f"autoprog: regularisation {name}={share}; expected at most 1")
@@ -198,7 +203,12 @@ class AutoProg(Method):
         edit = self._supernet(at) if at.kind == "super" else self._stage(at)
         seed = int(torch.randint(2**31, ())) if self.growth in OPERATORS and OPERATORS[self.growth].drawn else 0
         turns = [t.name for t in phase.turns if "weights" in t.trains]
-        return {**edit, "stage": at.stage, "kind": at.kind, "turns": turns, "seed": seed}
+        common = {"stage": at.stage, "kind": at.kind, "turns": turns, "seed": seed, "momentum": self._decay(phase)}
+        return {**edit, **common}
+
+    def _decay(self, phase: Phase) -> float:
+        total = phase.steps if phase.window is None else phase.window.total
+        return maths.momentum(self.search_ratio * total / self.stages) if self.momentum is None else self.momentum
 
     def _supernet(self, at: Place) -> Edit:
         """Return the supernet of a stage: the largest candidate, and which candidates there are."""
@@ -229,11 +239,15 @@ class AutoProg(Method):
         pairs = self._candidates()
         if len(pairs) == 1:
             return pairs[0], {}
-        losses = [[v for record in self._losses.values() for v in record[i]] for i in range(len(pairs))]
+        records = list(self._losses.values())
+        losses = [[statistics.fmean(v) for v in zip(*(r[i] for r in records), strict=True)] for i in range(len(pairs))]
         means = [statistics.fmean(row) for row in losses]
         if not all(math.isfinite(v) for v in means):
             raise ModelError(f"autoprog: losses of the candidates are {means}; expected finite numbers. Lower train.lr")
-        best, weight, scores = maths.choose(self._costs, losses, self.errors)
+        size = maths.planned(self._now["sizes"], self.sizes()[self._now["stage"]])
+        depth = maths.planned(self._now["depths"], self.depths()[self._now["stage"]])
+        plan = pairs.index((size, depth))
+        best, weight, scores = maths.choose(self._costs, losses, plan=plan, errors=self.errors)
         rows = [[*pair, *rest] for pair, *rest in zip(pairs, self._costs, means, scores, strict=True)]
         return pairs[best], {"weight": weight, "candidates": rows}
 
@@ -254,7 +268,7 @@ class AutoProg(Method):
         if edit["start"] is not None:
             for chain, count in zip(layout.chains, maths.split_depth(edit["start"], layout), strict=True):
                 put_blocks(model, chain, blocks_of(model, chain)[:count])
-            self._copies = self._new_copies(model)
+            self._copies = self._new_copies(model, edit["momentum"])
         if elastic is not None and edit["kind"] == "stage":
             elastic.extract(model, counts)
         self._grow(model, counts, edit["seed"])
@@ -284,8 +298,8 @@ class AutoProg(Method):
         generator = torch.Generator().manual_seed(seed)
         grow_model(model, chains, counts, operator, average=average, generator=generator)
 
-    def _new_copies(self, model: nn.Module) -> list[Ema]:
-        decays = [self.momentum] if self.search or self.growth == "mogrow" else []
+    def _new_copies(self, model: nn.Module, momentum: float) -> list[Ema]:
+        decays = [momentum] if self.search or self.growth == "mogrow" else []
         decays += [self.release_momentum] if self.growth == RELEASE else []
         copies = [Ema(d, warmup=self.momentum_warmup) for d in decays]
         for copy in copies:

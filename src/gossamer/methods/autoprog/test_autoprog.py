@@ -28,7 +28,7 @@ FIGURES = {
     f["name"]: f for f in tomllib.loads(Path(__file__).with_name("figures.toml").read_text(encoding="utf-8"))["figure"]
 }
 ORACLE = json.loads(Path(__file__).with_name("oracle.json").read_text())
-SEARCH = {"search_ratio": 0.5, "records": 2, "batches": 1, "cost": "macs", "resolution_step": 8, "stages": 3}
+SEARCH = {"search_ratio": 0.5, "records": 2, "batches": 2, "cost": "macs", "resolution_step": 8, "stages": 3}
 MANUAL = {"search": False, "resolution_step": 8}
 
 
@@ -79,7 +79,7 @@ def test_growth_from_the_slow_copy_is_the_releases():
         stack = Stack([method])
         model = stack.prepare(model)
         start = {"start": sum(old), "depth": sum(old), "least": None, "sizes": [64], "turns": ["main"], "seed": 0}
-        start |= {"level": method.level(0), "stage": 0, "kind": "stage"}
+        start |= {"level": method.level(0), "stage": 0, "kind": "stage", "momentum": 0.9}
         model = method.apply(model, start)
         chains = [method._full.chains[0].containers, method._full.chains[1].containers]
         with torch.no_grad():
@@ -138,14 +138,32 @@ def test_choice_does_not_depend_on_units():
     assert max(law) - min(law) < 1e-8 * max(law) and weight > 0 and len(scores) == 4
 
 
-def test_dearer_candidates_must_win_beyond_noise():
-    costs = [1.0, 2.0]
-    close = [[2.00, 2.10, 1.90, 2.05], [1.99, 2.11, 1.89, 2.03]]
-    clear = [[2.00, 2.10, 1.90, 2.05], [1.80, 1.92, 1.69, 1.86]]
-    rising = [*costs, 3.0]
+def test_schedule_is_kept_unless_beaten_beyond_noise():
+    costs = [1.0, 2.0, 3.0]
     worst = [2.5, 2.5, 2.5, 2.5]  # keeps the weight of cost at 0
-    assert maths.choose(rising, [*close, worst])[0] == 1 and maths.choose(rising, [*close, worst], 2.0)[0] == 0
-    assert maths.choose(rising, [*clear, worst])[0] == maths.choose(rising, [*clear, worst], 2.0)[0] == 1
+    close = [[2.00, 2.10, 1.90, 2.05], [1.98, 2.12, 1.88, 2.04], worst]
+    clear = [[2.00, 2.10, 1.90, 2.05], [1.80, 1.92, 1.69, 1.86], worst]
+    for plan in range(3):
+        assert maths.choose(costs, close, plan=plan)[0] == maths.choose(costs, clear, plan=plan)[0] == 1
+    assert [maths.choose(costs, close, plan=p, errors=2.0)[0] for p in range(3)] == [0, 1, 1]
+    assert [maths.choose(costs, clear, plan=p, errors=2.0)[0] for p in range(3)] == [1, 1, 1]
+
+
+def test_two_candidates_tie_so_that_the_schedule_decides():
+    """A power law goes through any two points: the published rule can never take the dearer of two."""
+    losses = [[2.0, 2.1], [1.5, 1.6]]
+    assert maths.choose([1.0, 2.0], losses)[2] == pytest.approx([2.05, 2.05])
+    assert maths.choose([1.0, 2.0], losses, plan=1, errors=2.0)[0] == 1
+
+
+def test_planned_candidate_catches_up_with_the_schedule():
+    assert maths.planned([16, 20], 20) == 20 and maths.planned([16, 20], 28) == 20
+    assert maths.planned([7, 8], 5) == 7  # already ahead
+
+
+def test_momentum_is_the_published_one_at_the_published_length():
+    assert maths.momentum(2 * 1251) == pytest.approx(0.998, abs=2e-6)
+    assert maths.momentum(10_000) == 0.998 and maths.momentum(50) == pytest.approx(0.9) and maths.momentum(1) == 0.0
 
 
 def test_candidates_begin_with_the_present():
@@ -207,6 +225,7 @@ def test_growth_schedule_longer_than_the_training_is_refused():
         ({"regularisation": {"drop": 0.5}}, "did you mean 'drop_path'"),
         ({"cost": "flops"}, "cost 'flops'"),
         ({"errors": -1.0}, "errors=-1.0"),
+        ({"batches": 1}, "one batch shows no error"),
     ],
 )
 def test_bad_options_are_refused(options, message):
