@@ -126,9 +126,9 @@ def test_supernet_holds_the_network_it_grew_from():
     elastic = method._elastic()
     with elastic.running(model, [3]):
         inside = logits(model, images)
-    losses = {"0": [[3.0, 3.1]] * 9}
+    losses = {"0": [[3.0 - 0.1 * i, 3.1 - 0.1 * i] for i in range(9)]}
     losses["0"][4] = [1.0, 1.1]  # (24, 3)
-    method._losses, method._costs = losses, [1.0] * 9
+    method._losses, method._costs = losses, [1.0 + i for i in range(9)]
     model = method.apply(model, method.enter(model, Phase("fit.stage0", 1)))
     assert len(model.blocks) == 3 and torch.allclose(logits(model, images), inside, atol=1e-6)
     before = logits(model, images)

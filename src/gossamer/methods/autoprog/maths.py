@@ -122,8 +122,9 @@ def choose(
         costs: Cost of each candidate.
         losses: Its losses by batch, the same batches for all.
         plan: The candidate that the schedule names.
-        errors: Keep to it unless the least score is lower by more than this many standard errors of the difference,
-            batch by batch; 0: the least score, the cheapest of equals, as published.
+        errors: Standard errors, batch by batch, by which losses must fall with cost and the least score be below the
+            plan's, else the plan is kept: where larger networks are not better they have not settled yet, and a
+            short search says nothing about size. 0: the least score, the cheapest of equals, as published.
     """
     means = [statistics.fmean(row) for row in losses]
     weight = max(-power_law(costs, means)[0], 0.0)
@@ -131,7 +132,14 @@ def choose(
     best = min(range(len(costs)), key=lambda i: (scores[i], costs[i]))
     if errors == 0:
         return best, weight, scores
+    slopes = [-power_law(costs, batch)[0] for batch in zip(*losses, strict=True)]
     factor, least = costs[plan] ** weight, costs[best] ** weight
     gaps = [a * factor - b * least for a, b in zip(losses[plan], losses[best], strict=True)]
-    spread = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.inf
-    return best if statistics.fmean(gaps) > errors * spread else plan, weight, scores
+    return best if _positive(slopes, errors) and _positive(gaps, errors) else plan, weight, scores
+
+
+def _positive(values: Sequence[float], errors: float) -> bool:
+    """Return whether the mean is above zero by more than that many standard errors."""
+    if len(values) < 2:
+        return False
+    return statistics.fmean(values) > errors * statistics.stdev(values) / math.sqrt(len(values))

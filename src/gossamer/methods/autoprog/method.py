@@ -68,8 +68,8 @@ class AutoProg(Method):
         batches: Training batches a candidate is scored on, the same for all.
         timing_steps: Forward and backward passes that its time is the median of.
         cost: ``"time"`` (measured here) or ``"macs"`` (counted; the same everywhere).
-        errors: Keep to the linear schedule unless another candidate's score is lower by more than this many standard
-            errors of their difference over the scored batches; 0 (published): the least score wins.
+        errors: Keep to the linear schedule unless, by more than this many standard errors over the scored batches,
+            losses fall with cost and another candidate's score is lower; 0 (published): the least score wins.
         stay: Whether a depth may stay as it is at a search (the release always grows it).
         regularisation: Share of its final strength that each regulariser starts with: RandAugment
             ``magnitude``, ``drop_path``, random-``erase`` probability.

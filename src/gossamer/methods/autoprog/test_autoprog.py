@@ -140,13 +140,19 @@ def test_choice_does_not_depend_on_units():
 
 def test_schedule_is_kept_unless_beaten_beyond_noise():
     costs = [1.0, 2.0, 3.0]
-    worst = [2.5, 2.5, 2.5, 2.5]  # keeps the weight of cost at 0
-    close = [[2.00, 2.10, 1.90, 2.05], [1.98, 2.12, 1.88, 2.04], worst]
-    clear = [[2.00, 2.10, 1.90, 2.05], [1.80, 1.92, 1.69, 1.86], worst]
+    close = [[2.50, 2.60, 2.40, 2.55], [2.10, 2.20, 2.00, 2.15], [1.86, 2.00, 1.76, 1.92]]
+    clear = [[2.50, 2.60, 2.40, 2.55], [1.80, 1.92, 1.69, 1.86], [1.98, 2.12, 1.88, 2.04]]
     for plan in range(3):
-        assert maths.choose(costs, close, plan=plan)[0] == maths.choose(costs, clear, plan=plan)[0] == 1
-    assert [maths.choose(costs, close, plan=p, errors=2.0)[0] for p in range(3)] == [0, 1, 1]
+        assert maths.choose(costs, close, plan=plan)[0] == 2 and maths.choose(costs, clear, plan=plan)[0] == 1
+    assert [maths.choose(costs, close, plan=p, errors=2.0)[0] for p in range(3)] == [0, 1, 2]
     assert [maths.choose(costs, clear, plan=p, errors=2.0)[0] for p in range(3)] == [1, 1, 1]
+
+
+def test_schedule_is_kept_where_larger_networks_are_not_better():
+    """They have not settled: the lead of a smaller one, however clear, is not a reason to stay small."""
+    losses = [[2.00, 2.10, 1.90], [2.20, 2.31, 2.09], [2.20, 2.29, 2.11]]
+    assert maths.choose([1.0, 2.0, 3.0], losses, plan=1)[0] == 0
+    assert maths.choose([1.0, 2.0, 3.0], losses, plan=1, errors=2.0)[0] == 1
 
 
 def test_two_candidates_tie_so_that_the_schedule_decides():
