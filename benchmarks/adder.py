@@ -1,6 +1,7 @@
 """Adder convolutions beside oneDNN's convolutions and pairwise distances, and the machine's limit.
 
     python benchmarks/adder.py --threads 1 --out benchmarks/adder.json   # about 1 min
+    python benchmarks/adder.py --threads 2 --out benchmarks/adder_2threads.json
     python benchmarks/adder.py --cuda --out benchmarks/adder_cuda.json     # Triton kernels, where a GPU is
     python benchmarks/adder.py --page                                    # only write the page again
 
