@@ -73,12 +73,12 @@ class Interval(nn.Module):
         return (self.clip.detach() * self.unit).abs().clamp_min(_LEAST) / self.codes
 
     @torch.no_grad()
-    def activate(self, relative: bool) -> None:
-        """Round from now on; ``relative``: c is trained in units of what it is now: small and large move alike."""
+    def activate(self, relative: float) -> None:
+        """Round from now on; ``relative``: Adam moves c by this many learning rates times what it is now; 0: by one."""
         self.observing = False
         if relative:
-            self.unit.copy_(self.clip)
-            self.clip.fill_(1.0)
+            self.unit.copy_(self.clip * relative)
+            self.clip.fill_(1 / relative)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:

@@ -60,8 +60,9 @@ class FQSR(Method):
         alpha: Weight of the calibration loss; 0 is off.
         calibration_loss: ``"l1"`` (published) or ``"l2"``.
         grad_scale: Scale the intervals' gradients as LSQ does (the release: no).
-        relative: Train each interval in units of its start (the release: as it is). Adam moves every number alike, so
-            that ends of some hundred grey levels hardly learn in a short training.
+        relative: Train each interval in units of its start over this number (the release: as it is, 0). Adam moves
+            every number by about the learning rate: an end of some hundred grey levels hardly learns in a short
+            training, ``relative: 10`` moves each by ten learning rates of its size.
         pad: Pad ``"before"`` rounding (released: the border lies on a level) or ``"after"`` (the border is 0).
         skips: Quantize ``"all"`` additions, all but the last (``"body"``, as released), or ``"none"``.
         norms: ``"fold"`` batch norms into convolutions first, or ``"keep"`` them in float (released).
@@ -84,7 +85,7 @@ class FQSR(Method):
     alpha: float = 0.3
     calibration_loss: str = "l1"
     grad_scale: bool = False
-    relative: bool = False
+    relative: float = 0.0
     pad: str = "before"
     skips: str = "all"
     norms: str = "fold"
@@ -105,10 +106,10 @@ class FQSR(Method):
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise RecipeError(f"fqsr: {name}={getattr(self, name)!r}; allowed are {', '.join(allowed)}")
-        if self.warmup < 1 or self.alpha < 0 or not 0 < self.deployment_share < 1:
+        if self.warmup < 1 or min(self.alpha, self.relative) < 0 or not 0 < self.deployment_share < 1:
             raise RecipeError(
-                f"fqsr: warmup={self.warmup}, alpha={self.alpha}, deployment_share={self.deployment_share}; expected "
-                f"1 or more, 0 or more, between 0 and 1"
+                f"fqsr: warmup={self.warmup}, alpha={self.alpha}, relative={self.relative}, "
+                f"deployment_share={self.deployment_share}; expected 1 or more, 0 or more, 0 or more, between 0 and 1"
             )
         self._find(model)
         return None

@@ -129,7 +129,7 @@ def test_warm_up_returns_the_input_and_averages_its_magnitude() -> None:
 
 def test_intervals_may_be_trained_in_units_of_their_start() -> None:
     x, ends = torch.linspace(-300, 300, 101), []
-    for relative in (False, True):
+    for relative in (0.0, 1.0, 10.0):
         q = Interval(8, False, warmup=1)
         q(x)
         q.activate(relative)
@@ -138,8 +138,10 @@ def test_intervals_may_be_trained_in_units_of_their_start() -> None:
         y.square().sum().backward()
         optimiser.step()
         ends.append((float(q.step()) * q.codes, y.detach()))
-    torch.testing.assert_close(ends[0][1], ends[1][1])
-    assert ends[0][0] == pytest.approx(300 - 1e-3, abs=1e-3) and ends[1][0] == pytest.approx(300 * (1 - 1e-3), rel=1e-5)
+    for _, levels in ends[1:]:
+        torch.testing.assert_close(ends[0][1], levels)
+    assert ends[0][0] == pytest.approx(300 - 1e-3, abs=1e-3)
+    assert [end for end, _ in ends[1:]] == pytest.approx([300 * (1 - 1e-3), 300 * (1 - 1e-2)], rel=1e-5)
 
 
 # -- the release's numbers ---------------------------------------------------------------------------
@@ -343,7 +345,8 @@ class _Loose(nn.Module):
 def test_refusals() -> None:
     for options, text in (
         ({"weight_bits": 1}, "weight_bits: bits=1"), ({"grid": "mid"}, "allowed are midrise, midtread"),
-        ({"warmup": 0}, "warmup=0"), ({"alpha": -1.0}, "alpha=-1"), ({"skips": "some"}, "allowed are all, body, none"),
+        ({"warmup": 0}, "warmup=0"), ({"alpha": -1.0}, "alpha=-1"), ({"relative": -1.0}, "relative=-1"),
+        ({"skips": "some"}, "allowed are all, body, none"),
     ):  # fmt: skip
         with pytest.raises(RecipeError, match=text):
             Stack([FQSR(**options)]).prepare(tiny_edsr())
