@@ -15,6 +15,7 @@ from gossamer.core.errors import ModelError, RecipeError, RunError, StateError
 from gossamer.export.exporting import export, export_once, read_artefact
 from gossamer.export.verify import parity, sensitivity, verify
 from gossamer.models.preprocessing import preprocessing
+from gossamer.ops.int8 import Int8Linear
 from gossamer.runtimes import get
 from gossamer.runtimes.session import int8_share
 
@@ -162,6 +163,16 @@ def test_proof_fails_when_graph_and_model_differ(vit, small_vit, tmp_path):
     assert parity(np.full((2, 3), np.nan), np.ones((2, 3)), 1e-3).relative != 0
     with pytest.raises(ModelError, match="training mode"):
         verify(artefact, vit.train(), images)
+
+
+def test_sensitivity_counts_the_rounding_of_biases_and_leaves_them_alone():
+    layer = Int8Linear.from_scales(nn.Linear(4, 3), 0.5, 1.0)
+    with torch.no_grad():
+        layer.weight.fill_(100)
+        layer.bias.fill_(0.2)  # steps of 0.5: rounded to 0
+    images = torch.zeros(1, 4)
+    assert sensitivity(layer, images) == pytest.approx(1.0)
+    torch.testing.assert_close(layer(images), torch.full((1, 3), 0.2))
 
 
 def test_sensitivity_is_tiny_without_rounding(vit):
