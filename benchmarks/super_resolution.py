@@ -185,10 +185,10 @@ def accuracy(out: Path, data: Path, size: dict[str, Any], scale: int, given: arg
         shown = {k: (round(statistics.mean(v), 3), round(statistics.pstdev(v), 3)) for k, v in columns.items()}
         print(f"x{scale} {arm:30} {len(rows)} seeds", shown, flush=True)
     for one_arm, other in PAIRS:
-        rows = list(zip(table.get(one_arm, []), table.get(other, []), strict=False))
-        gaps = {k: [a[k] - b[k] for a, b in rows] for k in SETS[scale]} if rows else {}
-        for k, each in gaps.items():
-            print(f"x{scale} {one_arm} - {other}: {k} {statistics.mean(each):+.3f}", [round(g, 3) for g in each])
+        both = list(zip(table.get(one_arm, []), table.get(other, []), strict=False))
+        gaps = {k: [a[k] - b[k] for a, b in both] for k in SETS[scale]} if both else {}
+        for name, each in gaps.items():
+            print(f"x{scale} {one_arm} - {other}: {name} {statistics.mean(each):+.3f}", [round(g, 3) for g in each])
     (out / f"super_resolution_x{scale}.json").write_text(json.dumps(table, indent=1))
 
 

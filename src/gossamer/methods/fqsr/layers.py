@@ -50,7 +50,7 @@ class Interval(nn.Module):
         loss: str = "l1",
     ) -> None:  # fmt: skip
         super().__init__()
-        self.bits, self.half, self.zero = bits, half, zero
+        self.bits, self.unsigned, self.zero = bits, half, zero
         self.start, self.warmup, self.scaled, self.loss = start, warmup, scaled, loss
         self.clip = nn.Parameter(torch.ones(1))
         self.register_buffer("unit", torch.ones(1))
@@ -61,12 +61,12 @@ class Interval(nn.Module):
     @property
     def codes(self) -> int:
         """Largest code: that of c."""
-        return 2 ** (self.bits - 1) - 1 if self.zero and not self.half else 2**self.bits - 1
+        return 2 ** (self.bits - 1) - 1 if self.zero and not self.unsigned else 2**self.bits - 1
 
     @property
     def kind(self) -> InputKind:
         """The deployed grid."""
-        return "unsigned" if self.half else "signed" if self.zero else "odd"
+        return "unsigned" if self.unsigned else "signed" if self.zero else "odd"
 
     def step(self) -> Tensor:
         """Return the value [1] of one unit of the deployed grid."""
@@ -96,7 +96,7 @@ class Interval(nn.Module):
         if self.scaled:
             factor = 1 / math.sqrt(x.numel() * self.codes)
             clip = clip * factor + (clip * (1 - factor)).detach()
-        put = clip_unsigned if self.half else clip_signed if self.zero else odd_levels
+        put = clip_unsigned if self.unsigned else clip_signed if self.zero else odd_levels
         return put(x, clip, self.bits)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class Interval(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, half={self.half}, zero={self.zero}, observing={self.observing}"
+        return f"bits={self.bits}, half={self.unsigned}, zero={self.zero}, observing={self.observing}"
 
 
 def intervals(model: nn.Module) -> list[Interval]:
