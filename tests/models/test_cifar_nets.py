@@ -34,3 +34,11 @@ def test_networks_are_timm_models() -> None:
     model = load_model("preact_resnet8", num_classes=7, width=8)
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7) and source_of(model).kwargs == {"width": 8}
     assert model.gossamer_source.preprocessing.size == (3, 32, 32) and model.get_classifier() is model.fc
+
+
+def test_a_narrow_mobilenet_is_built_from_its_stages() -> None:
+    stages = [[1, 8, 1, 1], [4, 12, 2, 2]]
+    model = load_model("mobilenetv2_cifar", num_classes=10, stages=stages, stem=[8, 2], head=24)
+    assert [b.conv3.out_channels for b in model.layers] == [8, 12, 12] and model.fc.in_features == 24
+    assert cost(model, saved=False).per_layer[0].macs == 3 * 9 * 8 * 16 * 16
+    assert source_of(model).kwargs == {"stages": stages, "stem": [8, 2], "head": 24}

@@ -10,6 +10,7 @@ MobileNetV2 (arXiv 1801.04381) with strides removed for 32 x 32. As used in arXi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -209,29 +210,40 @@ class MobileNetV2Cifar(nn.Module):
         name: Entry point, for the configuration.
         num_classes: Classes.
         in_chans: Image channels.
+        stages: Expansion, channels, blocks and stride of the first block of every stage; default ``STAGES``.
+        stem: Channels and stride of the first convolution.
+        head: Channels that are pooled.
     """
 
     STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-    """Expansion, channels, blocks, stride of the first block."""
 
-    def __init__(self, name: str, num_classes: int = 10, in_chans: int = 3) -> None:
+    def __init__(
+        self,
+        name: str,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        stages: Sequence[Sequence[int]] = STAGES,
+        stem: Sequence[int] = (32, 1),
+        head: int = 1280,
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.default_cfg = self.pretrained_cfg = _config(name, num_classes, "fc", "conv1")
-        self.conv1 = nn.Conv2d(in_chans, 32, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(32)
+        channels, first_stride = stem
+        self.conv1 = nn.Conv2d(in_chans, channels, 3, first_stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
         self.act1 = nn.ReLU()
-        blocks, channels = [], 32
-        for expansion, out, count, stride in self.STAGES:
+        blocks = []
+        for expansion, out, count, stride in stages:
             for i in range(count):
                 blocks.append(_InvertedBlock(channels, out, expansion, stride if i == 0 else 1))
                 channels = out
         self.layers = nn.Sequential(*blocks)
-        self.conv2 = nn.Conv2d(channels, 1280, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(1280)
+        self.conv2 = nn.Conv2d(channels, head, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(head)
         self.act2 = nn.ReLU()
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(1280, num_classes)
+        self.fc = nn.Linear(head, num_classes)
         _init_weights(self)
 
     def get_classifier(self) -> nn.Module:
