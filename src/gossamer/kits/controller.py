@@ -1,11 +1,13 @@
-"""A policy that makes a row of choices one after another, and the REINFORCE objective that trains it.
+"""Policies that make rows of discrete choices, and the REINFORCE objective that trains them.
 
-The autoregressive LSTM of SAQ's configuration generator (arXiv 2111.12273, release at 594e9c7): each choice's
-embedding is the input of the next step. Any search over lists of discrete choices can use it.
+``Policy`` is the autoregressive LSTM of SAQ's configuration generator (arXiv 2111.12273, release at 594e9c7): each
+choice's embedding is the input of the next step. ``TablePolicy`` decides every place by itself: it cannot express
+that choices belong together, and learns what each is worth from far fewer draws.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import RecipeError
 
-__all__ = ["Draw", "Policy", "reinforce", "uniform_choices"]
+__all__ = ["Draw", "Policy", "TablePolicy", "contrast", "reinforce", "uniform_choices"]
 
 START = 0.1
 """Parameters start uniformly in [-0.1, 0.1] (release)."""
@@ -70,14 +72,19 @@ class Policy(nn.Module):
         self.reset(torch.Generator().manual_seed(0))
 
     @torch.no_grad()
-    def reset(self, generator: torch.Generator) -> None:
-        """Draw all parameters anew."""
+    def reset(self, generator: torch.Generator, logits: Tensor | None = None) -> None:
+        """Draw all parameters anew; ``logits`` [options] are added to those of every decision."""
         for p in self.parameters():
             p.copy_(torch.rand(p.shape, generator=generator) * 2 * START - START)
+        for head in self.heads if logits is not None else ():
+            head.bias.add_(logits)
         self.baseline.fill_(torch.nan)
 
-    def forward(self, generator: torch.Generator | None = None) -> Draw:
-        """Sample one row; ``generator`` (CPU) is the only randomness, None takes torch's global one."""
+    def forward(self, generator: torch.Generator | None = None, row: Sequence[int] | None = None) -> Draw:
+        """Sample one row; ``generator`` (CPU) is the only randomness, None takes torch's global one.
+
+        A given ``row`` is taken instead: its log-probability and the entropies along it.
+        """
         embedded = self.embedding.weight.new_zeros(1, self.embedding.embedding_dim)
         state = (torch.zeros_like(embedded), torch.zeros_like(embedded))
         choices, logs, entropies, probs = [], [], [], []
@@ -85,7 +92,11 @@ class Policy(nn.Module):
             state = self.lstm(embedded, state)
             log_p = torch.log_softmax(self.heads[k % len(self.heads)](state[0]), dim=1)
             p = log_p.exp()
-            action = torch.multinomial(p.detach().cpu(), 1, replacement=True, generator=generator).view(-1).to(p.device)
+            if row is None:
+                action = torch.multinomial(p.detach().cpu(), 1, replacement=True, generator=generator).view(-1)
+            else:
+                action = torch.tensor([row[k]])
+            action = action.to(p.device)
             choices.append(int(action))
             logs.append(log_p[0, action])
             entropies.append(-(p * log_p).sum())
@@ -94,7 +105,64 @@ class Policy(nn.Module):
         return Draw(choices, torch.cat(logs).sum(), torch.stack(entropies).sum(), torch.stack(probs))
 
 
-def reinforce(policy: Policy, draw: Draw, cost: float, entropy_weight: float, decay: float = 0.0) -> dict[str, Tensor]:
+class TablePolicy(nn.Module):
+    """Independent categorical policy: one row of logits a decision, equal at the start.
+
+    Args:
+        decisions: Length of a row.
+        options: Options of every decision.
+
+    Raises:
+        RecipeError: A count below one.
+    """
+
+    baseline: Tensor
+
+    def __init__(self, decisions: int, options: int) -> None:
+        super().__init__()
+        if min(decisions, options) < 1:
+            raise RecipeError(f"policy: decisions={decisions}, options={options}; expected 1 or more")
+        self.logits = nn.Parameter(torch.zeros(decisions, options))
+        self.register_buffer("baseline", torch.full((), torch.nan))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator, logits: Tensor | None = None) -> None:
+        """Make every decision alike again: all options equal, or ``logits`` [options]."""
+        self.logits.copy_(torch.zeros(self.logits.shape[1]) if logits is None else logits)
+        self.baseline.fill_(torch.nan)
+
+    def forward(self, generator: torch.Generator | None = None, row: Sequence[int] | None = None) -> Draw:
+        """As ``Policy.forward``."""
+        log_p = self.logits.log_softmax(1)
+        p = log_p.exp()
+        if row is None:
+            taken = torch.multinomial(p.detach().cpu(), 1, replacement=True, generator=generator)
+        else:
+            taken = torch.tensor(row)[:, None]
+        log_prob = log_p.gather(1, taken.to(log_p.device)).sum()
+        return Draw(taken[:, 0].tolist(), log_prob, -(p * log_p).sum(), p.detach())
+
+
+def contrast(draws: Sequence[Draw], costs: Sequence[float], entropy_weight: float) -> dict[str, Tensor]:
+    """Return ``reinforce``'s terms for several draws judged on the same data, each against the others' mean cost.
+
+    What the data contribute to all costs cancels. The advantages' mean is zero, so the gradient is that of the
+    expected cost also where draws were rejected by a rule that knows nothing of the costs.
+
+    Raises:
+        RecipeError: Fewer than two draws, or another number of costs.
+    """
+    if len(draws) < 2 or len(draws) != len(costs):
+        raise RecipeError(f"policy: {len(draws)} draws and {len(costs)} costs; expected two or more, as many of both")
+    total, others = sum(costs), len(costs) - 1
+    gains = [d.log_prob * (c - (total - c) / others) for d, c in zip(draws, costs, strict=True)]
+    entropy = torch.stack([d.entropy for d in draws]).mean()
+    return {"policy": torch.stack(gains).mean(), "entropy": -entropy_weight * entropy}
+
+
+def reinforce(
+    policy: Policy | TablePolicy, draw: Draw, cost: float, entropy_weight: float, decay: float = 0.0
+) -> dict[str, Tensor]:
     """Return the loss terms that lower the expected ``cost``: ``log p (cost - baseline)`` and ``-weight x entropy``.
 
     Args:
