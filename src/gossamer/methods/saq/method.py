@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from gossamer.core.errors import RecipeError, StateError
 from gossamer.core.method import Edit, Evaluate, Grads, Method
 from gossamer.core.schedule import Batch, Loader, Phase, Plan, Step, Terms, Turn
-from gossamer.kits.controller import Policy, reinforce, uniform_choices
+from gossamer.kits.controller import Policy, TablePolicy, contrast, reinforce, uniform_choices
+from gossamer.kits.norm_statistics import reestimate_norms
 from gossamer.kits.qat import (
     CLIP_STARTS,
     QatLayout,
@@ -39,13 +40,22 @@ from gossamer.kits.qat import (
     unwrap_layers,
     wrap_layers,
 )
-from gossamer.kits.sharpness import Ascent, Placement, measure_sharpness, sharp_grads
-from gossamer.methods.saq.search import UNITS, SearchSpace, cost_term, draw_in_band, parse_target
+from gossamer.kits.sharpness import Ascent, Placement, Sharpness, measure_sharpness, sharp_grads
+from gossamer.methods.saq.search import (
+    UNITS,
+    SearchSpace,
+    budget_logits,
+    cost_term,
+    draw_in_band,
+    parse_target,
+    uniform_row,
+)
 from gossamer.ops.liq import check_width
 from gossamer.tasks.classification import Classification, logits_of
 
 __all__ = ["SAQ"]
 
+CHOICES = ("perturbed", "sharpness")
 START, WARMUP, SEARCH, DERIVE, CLIPS, SUMS = (
     "saq.start", "saq.warmup", "saq.search", "saq.derive", "saq.clips", "saq.sums",
 )  # fmt: skip
@@ -86,9 +96,18 @@ class SAQ(Method):
         policy_lr: Learning rate of the generator (Adam, betas 0.5 and 0.999).
         policy_decay: Its weight decay.
         baseline: Decay of the moving average subtracted from its costs; 0: none (released).
+        controller: ``"lstm"`` (published) or ``"table"``, which decides every layer by itself and learns faster.
+        draws: Configurations it judges in a step, on one batch. Two or more: each against the others' mean cost.
+        near_budget: Train supernet and generator on draws within the band alone, starting around the width that costs
+            the target, and compare that too. Off: all draws; the cost of BOPs leads to the target (released).
+        spread: Deviation in bits of the widths that the generator starts with under ``near_budget``.
         candidates: Configurations compared in the end.
         band: How far below the target they may lie, as a share of it.
         derive_batches: Batches of the search loader each is measured on.
+        choose: Which of them is trained: the one of the lowest ``"perturbed"`` loss, as the generator is taught, or of
+            the least ``"sharpness"`` (published: but a bad configuration can be flat too).
+        settle_norms: Judge a configuration with the norms' statistics of the images that it is judged on; off: with
+            the supernet's running ones (released), which average over the widths of all other layers and lag.
         finetune_loader: Loader of the training at the found widths: ``"all"`` (published) or ``"train"``.
         release: As released: the search perturbs first layer, last layer and norms alone, and the fine-tuning
             trains at ``bits`` whatever was found.
@@ -124,9 +143,15 @@ class SAQ(Method):
     policy_lr: float = 5e-4
     policy_decay: float = 5e-4
     baseline: float = 0.0
+    controller: str = "lstm"
+    draws: int = 1
+    near_budget: bool = False
+    spread: float = 0.6
     candidates: int = 20
     band: float = 0.015
     derive_batches: int = 8
+    choose: str = "perturbed"
+    settle_norms: bool = True
     finetune_loader: str = "all"
     release: bool = False
 
@@ -156,16 +181,27 @@ class SAQ(Method):
         self._ascent(SEARCH)
         for bits in (self.first_last_bits, *self.choices):
             check_width(bits, "saq")
-        allowed = {"clip_start": CLIP_STARTS, "bops_unit": UNITS, "finetune_loader": ("all", "train")}
+        allowed = {
+            "clip_start": CLIP_STARTS,
+            "bops_unit": UNITS,
+            "finetune_loader": ("all", "train"),
+            "choose": CHOICES,
+            "controller": ("lstm", "table"),
+        }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise RecipeError(f"saq: {name}={getattr(self, name)!r}; allowed are {', '.join(values)}")
-        for name, low in (("search_steps", 1), ("candidates", 1), ("derive_batches", 1), ("clip_decay", 0)):
+        least = {"search_steps": 1, "draws": 1, "candidates": 1, "derive_batches": 1, "clip_decay": 0}
+        for name, low in least.items():
             if getattr(self, name) < low:
                 raise RecipeError(f"saq: {name}={getattr(self, name)}; expected {low} or more")
         for name in ("warmup", "baseline", "band"):
             if not 0 <= getattr(self, name) < 1:
                 raise RecipeError(f"saq: {name}={getattr(self, name)}; expected 0 to 1")
+        if self.spread <= 0:
+            raise RecipeError(f"saq: spread={self.spread}; expected more than 0 bits")
+        if self.near_budget and self.draws < 2:
+            raise RecipeError(f"saq: near_budget with draws={self.draws}; the generator needs two or more to compare")
         if len(set(self.choices)) < 2 and self.search:
             raise RecipeError(f"saq: choices={self.choices}; a search needs two widths or more")
         if self.release and not isinstance(self.bits, int):
@@ -207,7 +243,7 @@ class SAQ(Method):
             return {"do": "wrap", "layout": self._find(model).to_json(), "bits": self._body()}
         if not self._found:
             raise StateError(f"saq: no configuration was compared; run the phase {DERIVE!r} before {CLIPS!r}")
-        best = min(self._found, key=lambda c: c["sharpness"])
+        best = min(self._found, key=lambda c: c[self.choose])
         bits = self._body() if self.release else best["bits"]
         layout = self._known().to_json()
         return {"do": "rewrap", "layout": layout, "bits": bits, "found": best, "candidates": self._found}
@@ -229,8 +265,9 @@ class SAQ(Method):
         if edit["do"] == "supernet":
             self._float = {k: v.detach().clone() for k, v in model.state_dict().items()}
             space = self._space(layout)
-            heads = 1 if self.share else 2
-            self.extra = nn.ModuleDict({"policy": Policy(space.decisions, len(self.choices), heads=heads)})
+            size, heads = (space.decisions, len(self.choices)), 1 if self.share else 2
+            policy = TablePolicy(*size) if self.controller == "table" else Policy(*size, heads=heads)
+            self.extra = nn.ModuleDict({"policy": policy})
             return wrap_layers(model, layout, space.layer_choices())
         if edit["do"] == "rewrap":
             self._found = edit["candidates"]
@@ -283,16 +320,19 @@ class SAQ(Method):
         """Return the generator as group ``"policy"`` while it exists."""
         return {"policy": list(self._policy().parameters())} if self.extra is not None else {}
 
-    def _policy(self) -> Policy:
+    def _policy(self) -> Policy | TablePolicy:
         if self.extra is None:
             raise StateError("saq: the generator does not exist outside of the search's phases")
         policy = self.extra["policy"]
-        assert isinstance(policy, Policy)  # noqa: S101 - made so by apply
+        assert isinstance(policy, Policy | TablePolicy)  # noqa: S101 - made so by apply
         return policy
 
     def _start(self, model: nn.Module, loaders: Mapping[str, Loader], step: Step) -> dict[str, float]:
         if step.phase == START:
-            self._policy().reset(step.generator("saq.policy"))
+            space = self._space(self._known())
+            target = parse_target(space, self.target_bops)
+            logits = budget_logits(space, target, self.spread) if self.near_budget else None
+            self._policy().reset(step.generator("saq.policy"), logits)
         init_clips(model, first_batch(loaders, step), self.clip_start)
         return {}
 
@@ -314,23 +354,32 @@ class SAQ(Method):
         return sharp
 
     def _draw(self, model: nn.Module, step: Step) -> None:
-        space, draw = self._space(self._known()), step.generator("saq.widths")
-        if step.phase == WARMUP:
-            row = uniform_choices(space.decisions, len(space.choices), draw)
-        else:
-            with torch.no_grad():
-                row = self._policy()(draw).choices
+        space, rng = self._space(self._known()), step.generator("saq.widths")
+        free = step.phase == WARMUP and not self.near_budget
+        row = uniform_choices(space.decisions, len(space.choices), rng) if free else self._row(space, rng)
         set_widths(model, space.layout, space.widths(row))
 
+    def _row(self, space: SearchSpace, rng: torch.Generator) -> list[int]:
+        """Return a row of the generator."""
+        if self.near_budget:
+            return draw_in_band(self._policy(), space, parse_target(space, self.target_bops), self.band, rng)[0]
+        with torch.no_grad():
+            return self._policy()(rng).choices
+
     def _policy_loss(self, model: nn.Module, batch: Batch, step: Step) -> Terms:
-        """Return REINFORCE terms for one draw: its cost is the loss at the perturbed model and the distance in BOPs."""
-        space, policy = self._space(self._known()), self._policy()
-        draw = policy(step.generator("saq.policy"))
-        set_widths(model, space.layout, space.widths(draw.choices))
-        perturbed = measure_sharpness(model, [batch], _task_loss, self._ascent(SEARCH)).perturbed
+        """Return REINFORCE terms; a draw's cost is the loss at the perturbed model and the distance in BOPs."""
+        space, policy, rng = self._space(self._known()), self._policy(), step.generator("saq.policy")
         target = parse_target(space, self.target_bops)
-        cost = perturbed + cost_term(space.bops(draw.choices), target, self.bops_weight, self.bops_unit)
-        terms = reinforce(policy, draw, cost, self.entropy, self.baseline)
+        draws = [policy(row=self._row(space, rng)) for _ in range(self.draws)]
+        costs = [
+            self._judge(model, [batch], d.choices, SEARCH).perturbed
+            + cost_term(space.bops(d.choices), target, self.bops_weight, self.bops_unit)
+            for d in draws
+        ]
+        if self.draws > 1:
+            terms = contrast(draws, costs, self.entropy)
+        else:
+            terms = reinforce(policy, draws[0], costs[0], self.entropy, self.baseline)
         return {f"saq.{name}": value for name, value in terms.items()}
 
     def before_step(self, model: nn.Module, step: Step) -> None:
@@ -341,15 +390,23 @@ class SAQ(Method):
         """Draw one configuration within the budget and measure how sharp the supernet is there."""
         space = self._space(self._known())
         target = parse_target(space, self.target_bops)
-        row, drawn = draw_in_band(self._policy(), space, target, self.band, step.generator("saq.candidate"))
-        set_widths(model, space.layout, space.widths(row))
+        uniform = uniform_row(space, target, self.band) if self.near_budget and step.index == 0 else None
+        rng = step.generator("saq.candidate")
+        row, drawn = (uniform, False) if uniform else draw_in_band(self._policy(), space, target, self.band, rng)
         steps = (replace(step, phase=DERIVE, index=i, total=self.derive_batches) for i in range(self.derive_batches))
-        found = measure_sharpness(model, [loaders["search"](s) for s in steps], _task_loss, self._ascent(DERIVE))
+        found = self._judge(model, [loaders["search"](s) for s in steps], row, DERIVE)
+        measured = {"loss": found.loss, "perturbed": found.perturbed, "sharpness": found.rise}
         bits = [list(pair) for pair in space.body(row)]
-        bops = space.bops(row)
-        record = {"bits": bits, "bops": bops, "drawn": drawn, "loss": found.loss, "sharpness": found.rise}
-        self._found = [*self._found, record]
-        return {"bops": float(bops), "loss": found.loss, "sharpness": found.rise}
+        self._found = [*self._found, {"bits": bits, "bops": space.bops(row), "drawn": drawn, **measured}]
+        return {"bops": float(space.bops(row)), **measured}
+
+    def _judge(self, model: nn.Module, batches: list[Batch], row: list[int], phase: str) -> Sharpness:
+        """Return loss and sharpness of the supernet at a row of choices."""
+        space = self._space(self._known())
+        set_widths(model, space.layout, space.widths(row))
+        if self.settle_norms:
+            reestimate_norms(model, (b["image"] for b in batches))
+        return measure_sharpness(model, batches, _task_loss, self._ascent(phase))
 
     # -- report and state ------------------------------------------------------------------------
     def describe(self, model: nn.Module) -> dict[str, Any]:
@@ -366,16 +423,15 @@ class SAQ(Method):
                 {
                     "widths": " ".join(str(w) if w == a else f"{w}x{a}" for w, a in c["bits"]),
                     "MBOPs": round(c["bops"] / 1e6, 3),
-                    "sharpness": round(c["sharpness"], 5),
-                    "loss": round(c["loss"], 4),
+                    **{k: round(c[k], 5) for k in ("perturbed", "sharpness", "loss")},
                     "drawn": c["drawn"],
                 }
-                for c in sorted(self._found, key=lambda c: c["sharpness"])
+                for c in sorted(self._found, key=lambda c: c[self.choose])
             ]
             facts["configurations compared"] = len(shown)
             if self.release:
                 facts["found widths"] = "not used, as released"
-            tables.append({"title": "Configurations within the budget, flattest first", "rows": shown})
+            tables.append({"title": "Configurations within the budget, the chosen one first", "rows": shown})
         return {"facts": facts, "tables": tables}
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from gossamer.core.errors import RecipeError
 from gossamer.cost.budget import Budget
-from gossamer.kits.controller import Policy
+from gossamer.kits.controller import Policy, TablePolicy
 from gossamer.kits.qat import QatLayout, Widths
 from gossamer.ops.liq import check_width
 
-__all__ = ["UNITS", "SearchSpace", "draw_in_band", "parse_target"]
+__all__ = ["UNITS", "SearchSpace", "budget_logits", "draw_in_band", "parse_target", "uniform_row"]
 
 UNITS = ("relative", "mbops", "gbops")
 RESNET20_MBOPS = 674.643968
@@ -104,8 +105,38 @@ def cost_term(bops: float, target: float, weight: float, unit: str) -> float:
     return weight * ((bops - target) / scale) ** 2
 
 
+def budget_logits(space: SearchSpace, target: float, spread: float) -> Tensor:
+    """Return logits [choices] at which rows of independent draws cost ``target`` on average.
+
+    Widths are normal around one width with deviation ``spread`` (bits). The wider, the worse the mean row at equal
+    BOPs: products of widths are convex, so narrow layers cost more accuracy than wide ones at their price give back.
+    """
+    bits = torch.tensor(space.choices, dtype=torch.float64)
+    least, most = min(space.choices), max(space.choices)
+    cheapest = space.uniform_bops(least)
+    wanted = least**2 + (target - cheapest) * (most**2 - least**2) / (space.uniform_bops(most) - cheapest)
+
+    def logits(centre: float) -> Tensor:
+        return torch.log_softmax(-0.5 * ((bits - centre) / spread) ** 2, 0)
+
+    low, high = least - 4.0, most + 4.0
+    for _ in range(60):
+        p = logits((low + high) / 2).exp()
+        mean = (p * bits**2).sum() if space.share else (p * bits).sum() ** 2
+        low, high = (low, (low + high) / 2) if mean > wanted else ((low + high) / 2, high)
+    return logits((low + high) / 2).float()
+
+
+def uniform_row(space: SearchSpace, target: float, band: float) -> list[int] | None:
+    """Return the row of one width for all whose BOPs lie in the band, if there is one."""
+    for k, bits in enumerate(space.choices):
+        if target * (1 - band) <= space.uniform_bops(bits) <= target:
+            return [k] * space.decisions
+    return None
+
+
 def draw_in_band(
-    policy: Policy, space: SearchSpace, target: float, band: float, generator: torch.Generator
+    policy: Policy | TablePolicy, space: SearchSpace, target: float, band: float, generator: torch.Generator
 ) -> tuple[list[int], bool]:
     """Return a row whose BOPs lie in ``[target (1 - band), target]`` and whether the policy drew it as it is.
 

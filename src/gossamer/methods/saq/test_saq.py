@@ -17,13 +17,13 @@ from gossamer.core.errors import PlanError, RecipeError
 from gossamer.core.schedule import Phase, Plan, Step, Turn
 from gossamer.core.stack import Stack
 from gossamer.cost.ledger import cost
-from gossamer.kits.controller import Policy
+from gossamer.kits.controller import Policy, TablePolicy
 from gossamer.kits.example import noise
 from gossamer.kits.qat import find_layers, init_clips, qat_layers, set_widths, wrap_layers
 from gossamer.kits.sharpness import Ascent, two_passes
 from gossamer.methods.saq import SAQ
 from gossamer.methods.saq.example import tiny_resnet
-from gossamer.methods.saq.search import SearchSpace, cost_term, draw_in_band, parse_target
+from gossamer.methods.saq.search import SearchSpace, budget_logits, cost_term, draw_in_band, parse_target, uniform_row
 from gossamer.models.build import load_model
 from gossamer.ops.liq import LIQConv2d, LIQLinear
 
@@ -227,6 +227,68 @@ def test_draws_outside_the_band_are_moved_into_it() -> None:
         draw_in_band(policy, space, target * 1.0001, 1e-9, torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_a_generator_near_the_budget_starts_with_draws_that_cost_it(share: bool) -> None:
+    space = SearchSpace(find_layers(tiny_resnet()), (2, 3, 4, 5), share)
+    policy, target = TablePolicy(space.decisions, 4), parse_target(space, "3bit")
+    policy.reset(torch.Generator(), budget_logits(space, target, 0.8))
+    rng = torch.Generator().manual_seed(0)
+    mean = sum(space.bops(policy(rng).choices) for _ in range(400)) / 400
+    assert mean == pytest.approx(target, rel=0.03)
+
+
+def test_near_the_budget_every_draw_of_the_search_is_in_the_band() -> None:
+    method, _, supernet, plan = _supernet(near_budget=True, draws=2, controller="table", band=0.05, target_bops="3bit")
+    plan["saq.start"].work(supernet, {"train": noise}, Step("saq.start", "work", 0, 1))
+    space = method._space(method._layout)
+    target, seen = parse_target(space, "3bit"), set()
+    for phase in ("saq.warmup", "saq.search"):
+        for i in range(5):
+            method._draw(supernet, Step(phase, "main", i, 5))
+            widths = {n: m.widths for n, m in qat_layers(supernet).items()}
+            assert 0.95 * target <= space.layout.bops(widths) <= target
+            seen.add(str(widths))
+    assert len(seen) > 5
+    terms = method._policy_loss(supernet, noise(Step("saq.search", "policy", 0, 5)), Step("saq.search", "policy", 0, 5))
+    sum(terms.values()).backward()
+    assert method._policy().logits.grad.abs().sum() > 0
+
+
+def test_the_uniform_width_is_compared_too() -> None:
+    method, _, supernet, plan = _supernet(near_budget=True, draws=2, target_bops="3bit", derive_batches=1)
+    plan["saq.start"].work(supernet, {"train": noise}, Step("saq.start", "work", 0, 1))
+    for i in range(2):
+        method._derive(supernet, {"search": noise}, Step("saq.derive", "work", i, 2))
+    assert method._found[0]["bits"] == [[3, 3]] * 6 != method._found[1]["bits"]
+    space = method._space(method._layout)
+    assert uniform_row(space, space.uniform_bops(3) * 1.2, 0.05) is None
+
+
+@pytest.mark.parametrize("choose", ["perturbed", "sharpness"])
+def test_the_candidate_that_is_chosen(choose: str) -> None:
+    method, _, supernet, plan = _supernet(choose=choose)
+    flat = {"bits": [[2, 2]] * 6, "bops": 1, "drawn": True, "loss": 2.0, "perturbed": 2.1, "sharpness": 0.1}
+    good = {"bits": [[3, 3]] * 6, "bops": 1, "drawn": True, "loss": 1.0, "perturbed": 1.3, "sharpness": 0.3}
+    method._found = [flat, good]
+    found = method.enter(supernet, plan["saq.clips"])["found"]
+    assert found is (good if choose == "perturbed" else flat)
+
+
+def test_a_configuration_is_judged_with_statistics_of_its_own() -> None:
+    """Whatever the running statistics are; as released they decide."""
+    losses = {}
+    for settle in (True, False):
+        method, _, supernet, _ = _supernet(settle_norms=settle)
+        batch, losses[settle] = noise(Step("x", "main", 0, 1)), []
+        init_clips(supernet, batch["image"], "mse")
+        for shift in (0.0, 3.0):
+            for m in supernet.modules():
+                if isinstance(m, nn.BatchNorm2d):
+                    m.running_mean.fill_(shift)
+            losses[settle].append(method._judge(supernet, [batch], [1] * 6, "saq.derive").loss)
+    assert losses[True][0] == losses[True][1] and losses[False][0] != losses[False][1]
+
+
 def test_targets(layouts) -> None:
     layout, _ = layouts("preact_resnet20")
     space = SearchSpace(layout, (2, 3, 4, 5))
@@ -253,6 +315,10 @@ def test_targets(layouts) -> None:
         ({"release": True, "bits": [4] * 6}, "give bits as a number"),
         ({"warmup": 1.5}, "warmup=1.5"),
         ({"candidates": 0}, "candidates=0"),
+        ({"choose": "best"}, "choose='best'; allowed are perturbed, sharpness"),
+        ({"controller": "tree"}, "controller='tree'; allowed are lstm, table"),
+        ({"search": True, "near_budget": True}, "near_budget with draws=1"),
+        ({"spread": 0.0}, "spread=0.0"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(options, message: str) -> None:
