@@ -48,7 +48,7 @@ from gossamer.methods.saq.search import (
     cost_term,
     draw_in_band,
     parse_target,
-    uniform_row,
+    uniform_rows,
 )
 from gossamer.ops.liq import check_width
 from gossamer.tasks.classification import Classification, logits_of
@@ -390,9 +390,11 @@ class SAQ(Method):
         """Draw one configuration within the budget and measure how sharp the supernet is there."""
         space = self._space(self._known())
         target = parse_target(space, self.target_bops)
-        uniform = uniform_row(space, target, self.band) if self.near_budget and step.index == 0 else None
-        rng = step.generator("saq.candidate")
-        row, drawn = (uniform, False) if uniform else draw_in_band(self._policy(), space, target, self.band, rng)
+        uniform = uniform_rows(space, target, self.band) if self.near_budget else []
+        if step.index < len(uniform):
+            row, drawn = uniform[step.index], False
+        else:
+            row, drawn = draw_in_band(self._policy(), space, target, self.band, step.generator("saq.candidate"))
         steps = (replace(step, phase=DERIVE, index=i, total=self.derive_batches) for i in range(self.derive_batches))
         found = self._judge(model, [loaders["search"](s) for s in steps], row, DERIVE)
         measured = {"loss": found.loss, "perturbed": found.perturbed, "sharpness": found.rise}

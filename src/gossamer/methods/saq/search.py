@@ -15,7 +15,7 @@ from gossamer.kits.controller import Policy, TablePolicy
 from gossamer.kits.qat import QatLayout, Widths
 from gossamer.ops.liq import check_width
 
-__all__ = ["UNITS", "SearchSpace", "budget_logits", "draw_in_band", "parse_target", "uniform_row"]
+__all__ = ["UNITS", "SearchSpace", "budget_logits", "draw_in_band", "parse_target", "uniform_rows"]
 
 UNITS = ("relative", "mbops", "gbops")
 RESNET20_MBOPS = 674.643968
@@ -127,12 +127,12 @@ def budget_logits(space: SearchSpace, target: float, spread: float) -> Tensor:
     return logits((low + high) / 2).float()
 
 
-def uniform_row(space: SearchSpace, target: float, band: float) -> list[int] | None:
-    """Return the row of one width for all whose BOPs lie in the band, if there is one."""
-    for k, bits in enumerate(space.choices):
-        if target * (1 - band) <= space.uniform_bops(bits) <= target:
-            return [k] * space.decisions
-    return None
+def uniform_rows(space: SearchSpace, target: float, band: float) -> list[list[int]]:
+    """Return the rows of one width for all (apart: one for all weights, one for all inputs) in the band."""
+    options = range(len(space.choices))
+    each = [[k] for k in options] if space.share else [[w, a] for w in options for a in options]
+    rows = [pair * (space.decisions // len(pair)) for pair in each]
+    return [row for row in rows if target * (1 - band) <= space.bops(row) <= target]
 
 
 def draw_in_band(

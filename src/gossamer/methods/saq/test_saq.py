@@ -23,7 +23,7 @@ from gossamer.kits.qat import find_layers, init_clips, qat_layers, set_widths, w
 from gossamer.kits.sharpness import Ascent, two_passes
 from gossamer.methods.saq import SAQ
 from gossamer.methods.saq.example import tiny_resnet
-from gossamer.methods.saq.search import SearchSpace, budget_logits, cost_term, draw_in_band, parse_target, uniform_row
+from gossamer.methods.saq.search import SearchSpace, budget_logits, cost_term, draw_in_band, parse_target, uniform_rows
 from gossamer.models.build import load_model
 from gossamer.ops.liq import LIQConv2d, LIQLinear
 
@@ -261,7 +261,10 @@ def test_the_uniform_width_is_compared_too() -> None:
         method._derive(supernet, {"search": noise}, Step("saq.derive", "work", i, 2))
     assert method._found[0]["bits"] == [[3, 3]] * 6 != method._found[1]["bits"]
     space = method._space(method._layout)
-    assert uniform_row(space, space.uniform_bops(3) * 1.2, 0.05) is None
+    assert uniform_rows(space, space.uniform_bops(3) * 1.2, 0.05) == []
+    apart = SearchSpace(space.layout, (2, 3), share=False)
+    six = apart.bops([0, 1] * 6)
+    assert uniform_rows(apart, six, 0.0) == [[0, 1] * 6, [1, 0] * 6]
 
 
 @pytest.mark.parametrize("choose", ["perturbed", "sharpness"])
