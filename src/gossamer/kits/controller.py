@@ -76,8 +76,9 @@ class Policy(nn.Module):
         """Draw all parameters anew; ``logits`` [options] are added to those of every decision."""
         for p in self.parameters():
             p.copy_(torch.rand(p.shape, generator=generator) * 2 * START - START)
-        for head in self.heads if logits is not None else ():
-            head.bias.add_(logits)
+        if logits is not None:
+            for bias in (p for name, p in self.heads.named_parameters() if name.endswith("bias")):
+                bias.add_(logits)
         self.baseline.fill_(torch.nan)
 
     def forward(self, generator: torch.Generator | None = None, row: Sequence[int] | None = None) -> Draw:
