@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gossamer.core.errors import ModelError, StateError
+from gossamer.kits.norm_statistics import norms_frozen
 from gossamer.kits.qat import SHORTCUTS
 from gossamer.models.contracts import replace_module
 from gossamer.models.source import inherit
@@ -158,7 +159,7 @@ class DynamicResolution(nn.Module):
         Norms use the batch's own statistics: running ones lag behind the weights, most at sizes that few images take,
         which would then look worse still.
         """
-        with _unrecorded(self.net):
+        with norms_frozen(self.net):
             return torch.stack([self.at(j, images) for j in range(len(self.sizes))], 1).float()
 
     @contextmanager
@@ -226,16 +227,3 @@ def _held(net: nn.Module) -> Iterator[None]:
     finally:
         for m in norms:
             m.train()
-
-
-@contextmanager
-def _unrecorded(net: nn.Module) -> Iterator[None]:
-    """Let batch norms in training use the batch's statistics without taking note of them."""
-    norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-    for m in norms:
-        m.track_running_stats = False
-    try:
-        yield
-    finally:
-        for m in norms:
-            m.track_running_stats = True
