@@ -67,7 +67,8 @@ def test_changing_one_layers_width_changes_the_output() -> None:
     assert cost(ends[0], saved=False).bops > cost(ends[1], saved=False).bops
 
 
-def test_fine_tuning_starts_from_the_float_weights_at_the_found_widths() -> None:
+@pytest.mark.parametrize("choose", ["perturbed", "sharpness"])
+def test_fine_tuning_starts_from_the_float_weights_at_the_found_widths(choose: str) -> None:
     seen = {}
 
     class Spy(SAQ):
@@ -78,13 +79,13 @@ def test_fine_tuning_starts_from_the_float_weights_at_the_found_widths() -> None
             return edit
 
     options = {"search": True, "search_steps": 3, "candidates": 3, "derive_batches": 1, "band": 0.2}
-    done = run(example(), [Spy(**options)])
+    done = run(example(), [Spy(**options, choose=choose)])
     edit = next(e for _, e in done.stack.edits if e["do"] == "rewrap")
     dense = tiny_resnet()
     assert all(torch.equal(w, dense.get_submodule(n).weight) for n, (w, _) in seen.items())
     layout = done.stack.methods[0]._layout
     assert {n: w for n, (_, w) in seen.items()} == layout.widths([tuple(b) for b in edit["bits"]])
-    assert edit["found"]["sharpness"] == min(c["sharpness"] for c in edit["candidates"])
+    assert edit["found"][choose] == min(c[choose] for c in edit["candidates"])
     target = layout.bops(layout.widths(4))
     assert all(0.8 * target <= c["bops"] <= target for c in edit["candidates"])
     released = run(example(), [SAQ(release=True, bits=4, **options)])
