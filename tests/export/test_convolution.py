@@ -54,22 +54,25 @@ def test_products_and_sums_of_a_network_run_in_integers(build, format, tmp_path)
 class Branches(nn.Module):
     """Convolutions without an activation, whose concatenated outputs another one reads: codes of both signs."""
 
-    def __init__(self):
+    def __init__(self, scale):
         super().__init__()
         torch.manual_seed(0)
+        self.scale = scale
         self.stem, self.left = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
         self.right, self.join, self.head = nn.Conv2d(16, 16, 1), nn.Conv2d(32, 16, 1), nn.Linear(16, 10)
 
     def forward(self, x):
         """Return logits [B, 10] of images [B, 3, 32, 32]."""
         x = self.stem(x)
-        return self.head(self.join(torch.cat([self.left(x), self.right(x)], 1)).relu().mean((2, 3)))
+        both = torch.cat([self.left(x), self.right(x)], 1)
+        return self.head(self.join(both if self.scale is None else self.scale * both).relu().mean((2, 3)))
 
 
 @pytest.mark.parametrize("format", RUNTIMES)
-def test_concatenated_codes_of_both_signs_keep_their_values(format, tmp_path):
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_concatenated_codes_of_both_signs_keep_their_values(scale, format, tmp_path):
     """OpenVINO computes another convolution where signed codes are concatenated."""
-    model = calibrate(gs.PTQMinMax(per_channel=True), Branches().eval(), IMAGES)
+    model = calibrate(gs.PTQMinMax(per_channel=True), Branches(scale).eval(), IMAGES)
     artefact = export(model, tmp_path, format=format, batch=2, example=IMAGES)
     assert artefact.parity["relative"] < 0.01
     _, profile = profiled(RUNTIMES[format], artefact.graph, IMAGES)

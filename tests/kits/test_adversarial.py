@@ -108,6 +108,13 @@ def test_what_comes_after_the_last_feature_is_not_computed() -> None:
     assert ran == ["b"]
 
 
+def test_features_may_be_named_in_any_order() -> None:
+    net, picture = _Deep(), torch.zeros(1, 3, 8, 8)
+    first, second = PerceptualNetwork(net, ["a", "b"])(picture)
+    swapped = PerceptualNetwork(net, ["b", "a"])(picture)
+    assert torch.equal(swapped[0], second) and torch.equal(swapped[1], first)
+
+
 def test_vgg_taps_are_the_published_ones() -> None:
     import timm
 

@@ -8,7 +8,7 @@ is a matrix product; a convolution is an integer one only if its output is round
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -125,10 +125,18 @@ def _is_concatenated(value: ir.Value | None, *, down: bool = False) -> bool:
     for node in nodes:
         if node.op_type == "Concat":
             return True
-        onward = node.outputs if down else node.inputs[:1]
-        if node.op_type in _PASSED and any(_is_concatenated(v, down=down) for v in onward):
+        read = _moved(node)
+        if any(_is_concatenated(v, down=down) for v in (node.outputs if down and read else read)):
             return True
     return False
+
+
+def _moved(node: ir.Node) -> Sequence[ir.Value | None]:
+    """Return the input that a node passes on as OpenVINO may move a quantizer; none of a product of two variables."""
+    if node.op_type not in _PASSED:
+        return ()
+    free = [v for v in node.inputs if constant(v) is None] if node.op_type in ("Mul", "Div") else node.inputs[:1]
+    return free if len(free) == 1 else ()
 
 
 def _dequantize_before_transposes(model: ir.Model) -> None:

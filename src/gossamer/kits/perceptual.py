@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,17 +31,24 @@ class _Reached(Exception):  # noqa: N818 - a way out, not an error
 
 
 class _Trunk(nn.Module):
-    """A timm model as far as its module ``last``: what comes after is not computed."""
+    """A timm model until its modules at ``paths`` have run: what comes after is not computed."""
 
-    def __init__(self, net: nn.Module, last: str) -> None:
+    def __init__(self, net: nn.Module, paths: Sequence[str]) -> None:
         super().__init__()
-        self.net, self.last = net, last
+        self.net, self.paths = net, tuple(paths)
 
     def forward(self, x: Tensor) -> None:
-        def leave(*_: object) -> None:
-            raise _Reached
+        left = set(self.paths)
 
-        with self.net.get_submodule(self.last).register_forward_hook(leave), suppress(_Reached):
+        def arrive(path: str, *_: object) -> None:
+            left.discard(path)
+            if not left:
+                raise _Reached
+
+        with ExitStack() as hooks:
+            for path in self.paths:
+                hooks.enter_context(self.net.get_submodule(path).register_forward_hook(partial(arrive, path)))
+            hooks.enter_context(suppress(_Reached))
             self.net.forward_features(x)  # type: ignore[operator]
 
 
@@ -66,7 +74,7 @@ class PerceptualNetwork(nn.Module):
         missing = [p for p in paths if p not in known]
         if missing or not paths or not hasattr(net, "forward_features"):
             raise ModelError(f"perceptual network {type(net).__name__}: no features at {missing or list(paths)}; {HOW}")
-        self.trunk = _Trunk(net.eval().requires_grad_(False), paths[-1])
+        self.trunk = _Trunk(net.eval().requires_grad_(False), paths)
         self.paths, self.content = tuple(f"net.{p}" for p in paths), min(content, len(paths) - 1)
         pre = preprocessing(net)
         mean, std = (pre.mean, pre.std) if normalise else ((0.0,), (1.0,))
