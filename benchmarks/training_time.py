@@ -72,7 +72,14 @@ def _recipe(path: Path, arms: dict[str, str], name: str, seed: int, done: dict[s
     first, overrides, more = next(iter(arms)), arms[name], [f"seed={seed}"]
     if overrides.startswith("@"):
         steps = round(done[overrides[1:]]["cpu"] / done[first]["cpu"] * done[first]["steps"])
-        overrides, more = arms[first], [*more, "train.epochs=null", f"train.steps={steps}"]
+        overrides = arms[first]
+        train = Recipe.from_yaml(path, [*filter(None, overrides.split(";"))]).train
+        if train.pretrain and (train.epochs or train.steps):
+            raise SystemExit(
+                f"{name}: the recipe trains twice (train.pretrain and train); '@' can cut only one training"
+            )
+        cut = "train.pretrain" if train.pretrain else "train"
+        more += [f"{cut}.epochs=null", f"{cut}.steps={steps}"]
     return Recipe.from_yaml(path, [*filter(None, overrides.split(";")), *more])
 
 
