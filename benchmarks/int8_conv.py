@@ -6,7 +6,8 @@ Random weights (speed does not depend on them); steps from the largest values on
 of one runtime are timed in one interleaved run; ratios above 1 mean faster. Peers (NNCF, ONNX Runtime's
 static quantization) start from the same dense graph and are left out where not installed. Rows with odd
 weights hold the 8-bit grid without a zero that quantization-aware methods learn (exact, or on the
-symmetric grid that covers it). Widths below 8 bits run on the kernels of 8: they save bytes, not time.
+symmetric grid that covers it). Widths below 8 bits run on the kernels of 8: they save bytes (on disk, codes
+packed to their width), not time.
 ``--page`` writes the table of all results measured so far.
 """
 
@@ -75,6 +76,7 @@ def variants(name: str, images: Tensor) -> dict[str, nn.Module]:
         "int8, odd weights, exact": odd_weights(eight, folded, 8),
         "int8, odd weights, covering grid": odd_weights(eight, folded, 8, covering=True),
         "4-bit odd weights": odd_weights(eight, folded, 4),
+        "2-bit odd weights": odd_weights(eight, folded, 2),
     }
 
 
@@ -134,6 +136,8 @@ def measure(runtime: str, models: dict[str, nn.Module], images: Tensor, options:
             session = engine.load(files[label], precision=precision, threads=options.threads, profile=True)
             session.run(x)
             row = {"runtime": runtime, "batch": options.batch, "variant": label, "precision": precision}
+            size = round(gs.cost(models[label], images[:1]).weight_bytes / 1e6, 2) if label in models else ""
+            row |= {"weights, MB": size}
             row |= {"median_ms": round(timing.median_ms, 2), "iqr_ms": round(timing.iqr_ms, 2)}
             row |= {"over dense fp32": round(ratio(timings[0], timing)[1], 2)}
             row |= {"over best dense": round(ratio(timings[len(best_dense_precisions(runtime)) - 1], timing)[1], 2)}
