@@ -61,9 +61,7 @@ def test_different_widths_agree_with_the_formula_and_are_counted() -> None:
     model = build_vit(widths, img_size=32, patch_size=8, num_classes=5).eval()
     attention = model.get_submodule("blocks.0.attn")
     x = torch.randn(2, 17, 24)
-    q, k, v = (
-        getattr(attention, n)(x).view(2, 17, 2, -1).transpose(1, 2) for n in "qkv"
-    )  # [2, 2, 17, 4 or 12]
+    q, k, v = (getattr(attention, n)(x).view(2, 17, 2, -1).transpose(1, 2) for n in "qkv")  # [2, 2, 17, 4 or 12]
     expected = (q @ k.transpose(-2, -1) / 8).softmax(-1) @ v  # the scale stays that of heads of 64
     torch.testing.assert_close(attention(x), attention.proj(expected.transpose(1, 2).flatten(2)))
     torch.testing.assert_close(attention.attend(x, need_attn=True).out, attention(x))

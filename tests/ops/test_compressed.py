@@ -77,9 +77,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_forward_is_exact_and_gradients_are_the_formula_at_x_hat(
-    case: str, dtype: torch.dtype, kernels: str
-) -> None:
+def test_forward_is_exact_and_gradients_are_the_formula_at_x_hat(case: str, dtype: torch.dtype, kernels: str) -> None:
     op, plain, inputs, kept, _ = CASES[case]
     inputs = tuple(x.to(dtype) for x in inputs)
     mine = stores(case)

@@ -27,9 +27,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_int8_runs_int8_kernels_and_keeps_the_accuracy_asked_for(photos: Path, tmp_path: Path) -> None:
-    found = api.export(
-        tiny_vit(), tmp_path, "onnx", int8=True, data=f"folder:{photos}", max_drop=100.0, batch=4
-    )
+    found = api.export(tiny_vit(), tmp_path, "onnx", int8=True, data=f"folder:{photos}", max_drop=100.0, batch=4)
     (artefact,) = found["artefacts"]
     assert not found["unmet"] and {"top1_before", "top1"} <= artefact.keys()
     session = get("onnxruntime").load(artefact["graph"], profile=True)

@@ -121,9 +121,7 @@ def test_peak_memory_follows_the_tile(tmp_path: Path) -> None:
     assert max(seen) <= 48 * 48 and len(seen) > 4
 
 
-def test_compress_takes_the_task_from_the_model(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compress_takes_the_task_from_the_model(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(compressing, "execute", lambda recipe, folder, **rest: calls.append({"recipe": recipe, **rest}))
     saved = api.save(_tiny(), tmp_path / "saved")

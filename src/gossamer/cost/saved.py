@@ -133,9 +133,7 @@ def _as_before(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(before[name])
 
 
-def saved_tensors(
-    model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype | None = None
-) -> list[SavedTensor]:
+def saved_tensors(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype | None = None) -> list[SavedTensor]:
     """Return every memory that a training forward pass keeps for the backward pass, in order.
 
     Parameters and buffers themselves are left out. A memory that several operators save is filed where it was

@@ -150,9 +150,8 @@ def _block_views(model: nn.Module) -> tuple[BlockView, ...]:
         elif name.rpartition(".")[2] in ("blocks", "layers", "stages", "blocks_token_only"):
             strangers[name] = _what(next(m for m, ok in zip(module, kinds, strict=True) if not ok))
     if len(lists) != 1 or strangers:
-        got = (
-            ", ".join(f"{n!r} holds {w}" for n, w in strangers.items())
-            or (f"{len(lists)} block lists: {sorted(lists)}" if lists else "no list of such blocks")
+        got = ", ".join(f"{n!r} holds {w}" for n, w in strangers.items()) or (
+            f"{len(lists)} block lists: {sorted(lists)}" if lists else "no list of such blocks"
         )
         raise ModelError(
             f"{type(model).__name__}: {got}; expected one nn.Sequential or nn.ModuleList of timm pre-norm "

@@ -150,9 +150,7 @@ def plain_move_range(x: Grouped, bounds: Tensor, take: float) -> None:
     bounds.copy_(torch.where(bounds[0] < 0, new, bounds - take * (bounds - new)))
 
 
-def plain_pack(
-    x: Grouped, bounds: Tensor, levels: int, noise: tuple[int, int] | None
-) -> tuple[Tensor, Tensor]:
+def plain_pack(x: Grouped, bounds: Tensor, levels: int, noise: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
     """See ``pack``."""
     alpha, beta = bounds
     flat = alpha <= FLAT

@@ -239,9 +239,7 @@ class Int8Linear(_Int8Weights):
         grids: Widths and grids; fewer than 8 bits are held in int8 all the same (and packed in files).
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, grids: LayerGrids | None = None
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, grids: LayerGrids | None = None) -> None:
         super().__init__((out_features, in_features), bias, grids or LayerGrids())
         self.in_features, self.out_features = in_features, out_features
         self._add_unit((1, in_features))

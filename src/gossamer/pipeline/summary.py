@@ -23,9 +23,7 @@ def _facts(table: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"fastest": f"{chosen['stage']} in {chosen['runtime']}, {chosen['precision']}"}
 
 
-def write_summary(
-    setup: Setup, keeper: StageFolder, table: Sequence[dict[str, Any]], run_dir: Path
-) -> Path:
+def write_summary(setup: Setup, keeper: StageFolder, table: Sequence[dict[str, Any]], run_dir: Path) -> Path:
     """Write ``run_dir/report.json`` and return its path.
 
     Args:

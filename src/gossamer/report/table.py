@@ -158,8 +158,15 @@ def points(table: Sequence[Row], batch: str, prefix: str) -> tuple[list[Point], 
         trusted, metric = timed.get("trusted") is not False, metric_of([row])
         found.append(
             Point(
-                f"{prefix}-row-{i}", label, names.index(name), name, timed["median_ms"], score, interval_of(row),
-                trusted, metric,
+                f"{prefix}-row-{i}",
+                label,
+                names.index(name),
+                name,
+                timed["median_ms"],
+                score,
+                interval_of(row),
+                trusted,
+                metric,
             )  # fmt: skip
         )
     return found, names

@@ -177,9 +177,7 @@ class RoutedSession(Session):
         free = routing.batch != 1
         most = routing.batch if isinstance(routing.batch, int) else _PIECE
         sizes = {most, *(2**k for k in range(most.bit_length()))} if fixed and free else ()
-        self._router, *self._branches = [
-            _Part(partial(load, graph), sorted(sizes)) for graph in routing.graphs
-        ]
+        self._router, *self._branches = [_Part(partial(load, graph), sorted(sizes)) for graph in routing.graphs]
         first = self._router.session(max(sizes) if sizes else None)
         self.runtime, self.where = first.runtime, where
         self.precision, self.threads = first.precision, first.threads

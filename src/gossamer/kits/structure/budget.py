@@ -133,9 +133,7 @@ def parse_budgets(given: Mapping[str, str | float | None], where: str) -> dict[s
     return found
 
 
-def bounds(
-    costs: WidthCosts, budgets: Mapping[str, Budget], lowest: Counts, where: str
-) -> Bounds:
+def bounds(costs: WidthCosts, budgets: Mapping[str, Budget], lowest: Counts, where: str) -> Bounds:
     """Return the limits that budgets stand for.
 
     Args:

@@ -215,9 +215,7 @@ class BlockMeter:
         if len(records) != len(self.points):
             raise ModelError(f"latency table: {len(records)} records for {len(self.points)} points; measure them all")
         unit = statistics.median(r["reference_ms"] for r in records)
-        ms = {
-            (p.part, tuple(p.at.values())): unit * r["relative"] for p, r in zip(self.points, records, strict=True)
-        }
+        ms = {(p.part, tuple(p.at.values())): unit * r["relative"] for p, r in zip(self.points, records, strict=True)}
         for key in ms:
             if key[0] not in (_MODEL, _REST):
                 ms[key] /= _CHAIN
@@ -283,5 +281,3 @@ def measure_table(
     if path is not None:
         table.save(path)
     return table
-
-

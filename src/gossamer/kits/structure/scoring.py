@@ -55,9 +55,7 @@ def gradient_scores(
 
 
 @torch.no_grad()
-def magnitude_scores(
-    weights: Mapping[str, Tensor], structures: Sequence[Structure], *, mean: bool = True
-) -> Scores:
+def magnitude_scores(weights: Mapping[str, Tensor], structures: Sequence[Structure], *, mean: bool = True) -> Scores:
     """Return the squared weights of every unit.
 
     Args:

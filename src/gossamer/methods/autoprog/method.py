@@ -96,9 +96,7 @@ class AutoProg(Method):
     cost: str = "time"
     errors: float = 2.0
     stay: bool = True
-    regularisation: dict[str, float] = field(
-        default_factory=lambda: {"magnitude": 0.5, "drop_path": 0.0, "erase": 0.0}
-    )
+    regularisation: dict[str, float] = field(default_factory=lambda: {"magnitude": 0.5, "drop_path": 0.0, "erase": 0.0})
     reset_optimizer: bool = False
 
     _layout: Layout | None = field(default=None, init=False, repr=False, compare=False)

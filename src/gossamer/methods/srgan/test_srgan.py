@@ -19,9 +19,9 @@ from gossamer.methods.srgan import SRGAN
 from gossamer.methods.srgan.example import pairs, tiny_generator
 from gossamer.models.super_resolution import Judge
 
-FIGURES = tomllib.loads(
-    resources.files("gossamer.methods.srgan").joinpath("figures.toml").read_text(encoding="utf-8")
-)["figure"]
+FIGURES = tomllib.loads(resources.files("gossamer.methods.srgan").joinpath("figures.toml").read_text(encoding="utf-8"))[
+    "figure"
+]
 STEP = Step("fit", "main", 0, 1)
 
 
