@@ -49,13 +49,16 @@ def check_width(bits: int, where: str = "quantizer") -> int:
 
 
 class _Clip(torch.autograd.Function):
-    """``c * level(clamp(x / c, low, 1))`` with straight-through rounding; one pass over memory each way."""
+    """``c * level(clamp(x / c, low, 1))`` with straight-through rounding, in as few buffers as there can be."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, clip: Tensor, steps: int, low: float, odd: bool) -> Tensor:
-        z = torch.clamp(x / clip, low, 1.0)
-        level = torch.round((z + 1) / 2 * steps) / steps * 2 - 1 if odd else torch.round(z * steps) / steps
-        out = level * clip
+        z = torch.div(x, clip).clamp_(low, 1.0)
+        if odd:
+            z.add_(1).div_(2).mul_(steps).round_().div_(steps).mul_(2).sub_(1)
+        else:
+            z.mul_(steps).round_().div_(steps)
+        out = z.mul_(clip)
         ctx.save_for_backward(x, clip, out)
         ctx.low = low
         return out
@@ -64,8 +67,8 @@ class _Clip(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, clip, out = ctx.saved_tensors
         z = x / clip
-        inside = (z >= ctx.low) & (z <= 1.0)
-        to_clip = (grads[0] * torch.where(inside, out - x, out)).sum() / clip
+        inside = (z >= ctx.low).logical_and_(z <= 1.0)
+        to_clip = torch.where(inside, torch.sub(out, x, out=z), out).mul_(grads[0]).sum() / clip
         return grads[0] * inside, to_clip.reshape(clip.shape), None, None, None
 
 
