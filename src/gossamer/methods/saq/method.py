@@ -47,10 +47,13 @@ from gossamer.methods.saq.search import (
     budget_logits,
     cost_term,
     draw_in_band,
+    measured_row,
     parse_target,
+    row_logits,
     uniform_rows,
 )
 from gossamer.ops.liq import check_width
+from gossamer.ops.modes import evaluating
 from gossamer.tasks.classification import Classification, logits_of
 
 __all__ = ["SAQ"]
@@ -101,6 +104,8 @@ class SAQ(Method):
         near_budget: Train supernet and generator on draws within the band alone, starting around the width that costs
             the target, and compare that too. Off: all draws; the cost of BOPs leads to the target (released).
         spread: Deviation in bits of the widths that the generator starts with under ``near_budget``.
+        measured_start: Measure first what each decision changes by itself, on the float weights; the generator starts
+            around the configuration of least summed loss, which is compared in the end too (needs ``near_budget``).
         candidates: Configurations compared in the end.
         band: How far below the target they may lie, as a share of it.
         derive_batches: Batches of the search loader each is measured on.
@@ -147,6 +152,7 @@ class SAQ(Method):
     draws: int = 1
     near_budget: bool = False
     spread: float = 0.6
+    measured_start: bool = False
     candidates: int = 20
     band: float = 0.015
     derive_batches: int = 8
@@ -159,6 +165,7 @@ class SAQ(Method):
     _float: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _sums: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     _found: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False, compare=False)
+    _measured: list[list[int]] = field(default_factory=list, init=False, repr=False, compare=False)
     _widths: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     # -- options ---------------------------------------------------------------------------------
@@ -202,6 +209,9 @@ class SAQ(Method):
             raise RecipeError(f"saq: spread={self.spread}; expected more than 0 bits")
         if self.near_budget and self.draws < 2:
             raise RecipeError(f"saq: near_budget with draws={self.draws}; the generator needs two or more to compare")
+        if self.measured_start and not (self.near_budget and self.controller == "table"):
+            got = f"near_budget={self.near_budget}, controller={self.controller!r}"
+            raise RecipeError(f"saq: measured_start with {got}; expected near_budget=True and controller='table'")
         if len(set(self.choices)) < 2 and self.search:
             raise RecipeError(f"saq: choices={self.choices}; a search needs two widths or more")
         if self.release and not isinstance(self.bits, int):
@@ -328,13 +338,21 @@ class SAQ(Method):
         return policy
 
     def _start(self, model: nn.Module, loaders: Mapping[str, Loader], step: Step) -> dict[str, float]:
+        init_clips(model, first_batch(loaders, step), self.clip_start)
         if step.phase == START:
             space = self._space(self._known())
             target = parse_target(space, self.target_bops)
             logits = budget_logits(space, target, self.spread) if self.near_budget else None
+            if self.measured_start:
+                images = self._search_batches(loaders, step)
+                row = measured_row(space, target, lambda row: self._loss(model, images, row))
+                self._measured, logits = [row], row_logits(space, row, self.spread)
             self._policy().reset(step.generator("saq.policy"), logits)
-        init_clips(model, first_batch(loaders, step), self.clip_start)
         return {}
+
+    def _search_batches(self, loaders: Mapping[str, Loader], step: Step) -> list[Batch]:
+        steps = (replace(step, phase=DERIVE, index=i, total=self.derive_batches) for i in range(self.derive_batches))
+        return [loaders["search"](s) for s in steps]
 
     def _round_sums(self, model: nn.Module, loaders: Mapping[str, Loader], step: Step) -> dict[str, float]:
         self._sums = sum_grids(model, first_batch(loaders, step))
@@ -390,13 +408,12 @@ class SAQ(Method):
         """Draw one configuration within the budget and measure how sharp the supernet is there."""
         space = self._space(self._known())
         target = parse_target(space, self.target_bops)
-        uniform = uniform_rows(space, target, self.band) if self.near_budget else []
-        if step.index < len(uniform):
-            row, drawn = uniform[step.index], False
+        given = [*self._measured, *(uniform_rows(space, target, self.band) if self.near_budget else [])]
+        if step.index < len(given):
+            row, drawn = given[step.index], False
         else:
             row, drawn = draw_in_band(self._policy(), space, target, self.band, step.generator("saq.candidate"))
-        steps = (replace(step, phase=DERIVE, index=i, total=self.derive_batches) for i in range(self.derive_batches))
-        found = self._judge(model, [loaders["search"](s) for s in steps], row, DERIVE)
+        found = self._judge(model, self._search_batches(loaders, step), row, DERIVE)
         measured = {"loss": found.loss, "perturbed": found.perturbed, "sharpness": found.rise}
         bits = [list(pair) for pair in space.body(row)]
         self._found = [*self._found, {"bits": bits, "bops": space.bops(row), "drawn": drawn, **measured}]
@@ -404,11 +421,21 @@ class SAQ(Method):
 
     def _judge(self, model: nn.Module, batches: list[Batch], row: list[int], phase: str) -> Sharpness:
         """Return loss and sharpness of the supernet at a row of choices."""
+        self._set(model, batches, row)
+        return measure_sharpness(model, batches, _task_loss, self._ascent(phase))
+
+    @torch.no_grad()
+    def _loss(self, model: nn.Module, batches: list[Batch], row: list[int]) -> float:
+        """Return the mean loss of the supernet at a row of choices."""
+        self._set(model, batches, row)
+        with evaluating(model):
+            return sum(float(_task_loss(model, b)) for b in batches) / len(batches)
+
+    def _set(self, model: nn.Module, batches: list[Batch], row: list[int]) -> None:
         space = self._space(self._known())
         set_widths(model, space.layout, space.widths(row))
         if self.settle_norms:
             reestimate_norms(model, (b["image"] for b in batches))
-        return measure_sharpness(model, batches, _task_loss, self._ascent(phase))
 
     # -- report and state ------------------------------------------------------------------------
     def describe(self, model: nn.Module) -> dict[str, Any]:
@@ -439,13 +466,20 @@ class SAQ(Method):
     def state_dict(self) -> dict[str, Any]:
         """Return the generator, the float weights that the final training starts from, and the compared rows."""
         extra = {} if self.extra is None else {"extra": self.extra.state_dict()}
-        return {**extra, "float": dict(self._float), "found": list(self._found), "sums": dict(self._sums)}
+        return {
+            **extra,
+            "float": dict(self._float),
+            "found": list(self._found),
+            "measured": list(self._measured),
+            "sums": dict(self._sums),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         if self.extra is not None:
             self.extra.load_state_dict(state["extra"])
         self._float, self._found, self._sums = dict(state["float"]), list(state["found"]), dict(state["sums"])
+        self._measured = list(state["measured"])
 
 
 def _task_loss(model: nn.Module, batch: Batch) -> Tensor:

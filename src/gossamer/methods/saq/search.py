@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,10 @@ from gossamer.kits.controller import Policy, TablePolicy
 from gossamer.kits.qat import QatLayout, Widths
 from gossamer.ops.liq import check_width
 
-__all__ = ["UNITS", "SearchSpace", "budget_logits", "draw_in_band", "parse_target", "uniform_rows"]
+__all__ = [
+    "UNITS", "SearchSpace", "additive_row", "budget_logits", "draw_in_band", "falling", "measured_row", "parse_target",
+    "row_logits", "uniform_rows",
+]  # fmt: skip
 
 UNITS = ("relative", "mbops", "gbops")
 RESNET20_MBOPS = 674.643968
@@ -133,6 +136,82 @@ def uniform_rows(space: SearchSpace, target: float, band: float) -> list[list[in
     each = [[k] for k in options] if space.share else [[w, a] for w in options for a in options]
     rows = [pair * (space.decisions // len(pair)) for pair in each]
     return [row for row in rows if target * (1 - band) <= space.bops(row) <= target]
+
+
+def row_logits(space: SearchSpace, row: Sequence[int], spread: float) -> Tensor:
+    """Return logits [decisions, choices] of widths that are normal around those of a row (deviation in bits)."""
+    bits = torch.tensor(space.choices, dtype=torch.float32)
+    return torch.log_softmax(-0.5 * ((bits - bits[list(row)][:, None]) / spread) ** 2, 1)
+
+
+def falling(values: Sequence[float]) -> list[float]:
+    """Return the sequence that never rises and is nearest to ``values`` in squares (adjacent violators pooled)."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        mean, count = value, 1
+        while pools and pools[-1][0] < mean:
+            before, more = pools.pop()
+            mean, count = (before * more + mean * count) / (count + more), count + more
+        pools.append((mean, count))
+    return [mean for mean, count in pools for _ in range(count)]
+
+
+def measured_row(space: SearchSpace, target: float, loss: Callable[[list[int]], float]) -> list[int]:
+    """Return the row of least loss within the target, were the changes that single decisions make to add up (ours).
+
+    Every decision is measured at every choice, all others at the widest: ``decisions x (choices - 1) + 1`` calls of
+    ``loss``. (Around a uniform width that breaks the model, one decision's share drowns.) Wider cannot be
+    worse: where it measures so, the two count as equal.
+    """
+    order = sorted(range(len(space.choices)), key=lambda k: space.choices[k])
+    base = [order[-1]] * space.decisions
+    start = loss(base)
+
+    def alone(i: int) -> list[float]:
+        at = [0.0 if k == base[i] else loss([*base[:i], k, *base[i + 1 :]]) - start for k in order]
+        return [value for _, value in sorted(zip(order, falling(at), strict=True))]
+
+    return additive_row(space, target, [alone(i) for i in range(space.decisions)])
+
+
+def additive_row(space: SearchSpace, target: float, rise: Sequence[Sequence[float]]) -> list[int]:
+    """Return the row within the target whose sum of ``rise`` [decisions, choices] is least.
+
+    By a price of a bit operation (the knapsack's Lagrangian), then by single changes that still fit: exact but for
+    what the last few BOPs would buy together.
+    """
+    options, step = range(len(space.choices)), 1 if space.share else 2
+    picks = [(k,) for k in options] if space.share else [(w, a) for w in options for a in options]
+    macs = dict.fromkeys(space.layout.decided, 0)
+    for layer in space.layout.layers:
+        if (owner := layer.follows or layer.name) in macs:
+            macs[owner] += layer.macs
+    places = list(zip(range(0, space.decisions, step), macs.values(), strict=True))
+
+    def total(at: int, pick: Sequence[int]) -> float:
+        return sum(rise[at + j][k] for j, k in enumerate(pick))
+
+    def row_at(price: float) -> list[int]:
+        def worth(at: int, count: int, pick: Sequence[int]) -> float:
+            return total(at, pick) + price * count * space.choices[pick[0]] * space.choices[pick[-1]]
+
+        return [k for at, count in places for k in min(picks, key=lambda p: worth(at, count, p))]
+
+    low, high = 0.0, 1.0
+    for _ in range(100):
+        price = (low + high) / 2
+        low, high = (low, price) if space.bops(row_at(price)) <= target else (price, high)
+    row = row_at(high)
+    while True:
+        changes = [
+            (total(at, p) - total(at, row[at : at + step]), [*row[:at], *p, *row[at + step :]])
+            for at, _ in places
+            for p in picks
+        ]
+        gain, better = min((c for c in changes if space.bops(c[1]) <= target), default=(0.0, row))
+        if gain >= 0:
+            return row
+        row = better
 
 
 def draw_in_band(

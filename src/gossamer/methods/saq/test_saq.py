@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import tomllib
@@ -23,7 +24,17 @@ from gossamer.kits.qat import find_layers, init_clips, qat_layers, set_widths, w
 from gossamer.kits.sharpness import Ascent, two_passes
 from gossamer.methods.saq import SAQ
 from gossamer.methods.saq.example import tiny_resnet
-from gossamer.methods.saq.search import SearchSpace, budget_logits, cost_term, draw_in_band, parse_target, uniform_rows
+from gossamer.methods.saq.search import (
+    SearchSpace,
+    budget_logits,
+    cost_term,
+    draw_in_band,
+    falling,
+    measured_row,
+    parse_target,
+    row_logits,
+    uniform_rows,
+)
 from gossamer.models.build import load_model
 from gossamer.ops.liq import LIQConv2d, LIQLinear
 
@@ -267,6 +278,46 @@ def test_the_uniform_width_is_compared_too() -> None:
     assert uniform_rows(apart, six, 0.0) == [[0, 1] * 6, [1, 0] * 6]
 
 
+def test_falling_is_the_nearest_sequence_that_never_rises() -> None:
+    assert falling([0.5, 0.0, 0.2, -0.1, -0.3]) == pytest.approx([0.5, 0.1, 0.1, -0.1, -0.3])
+    assert falling([0.0, 3.0, 0.0, 5.0]) == pytest.approx([2.0] * 4)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_measured_row_is_nearly_the_best_where_changes_add_up(share: bool) -> None:
+    """Against all rows: what it leaves is less than what the budget's last few BOPs buy."""
+    space = SearchSpace(find_layers(tiny_resnet()), (2, 3, 5) if share else (2, 4), share)
+    worth = torch.rand(space.decisions, generator=torch.Generator().manual_seed(3)) ** 3
+    calls = []
+
+    def loss(row: list[int]) -> float:
+        calls.append(row)
+        return float(sum(w / 4 ** space.choices[k] for w, k in zip(worth, row, strict=True)))
+
+    target = parse_target(space, "3bit")
+    row = measured_row(space, target, loss)
+    assert len(calls) == space.decisions * (len(space.choices) - 1) + 1
+    rows = [list(r) for r in itertools.product(range(len(space.choices)), repeat=space.decisions)]
+    fitting = [loss(r) for r in rows if space.bops(r) <= target]
+    assert space.bops(row) <= target and loss(row) < min(fitting) + 0.03 * (max(fitting) - min(fitting))
+    logits = row_logits(space, row, 0.6)
+    assert logits.argmax(1).tolist() == row and logits.exp().sum(1) == pytest.approx(torch.ones(space.decisions))
+
+
+def test_a_measured_start_leads_the_generator_and_is_compared() -> None:
+    options = {"near_budget": True, "draws": 2, "controller": "table", "target_bops": "3bit", "derive_batches": 1}
+    method, _, supernet, plan = _supernet(measured_start=True, **options)
+    loaders = {"train": noise, "search": noise}
+    plan["saq.start"].work(supernet, loaders, Step("saq.start", "work", 0, 1))
+    (row,) = method._measured
+    assert method._policy().logits.argmax(1).tolist() == row
+    method._derive(supernet, loaders, Step("saq.derive", "work", 0, 2))
+    assert method._found[0]["bits"] == [[b, b] for b in (method.choices[k] for k in row)]
+    again, _, _, _ = _supernet(measured_start=True, **options)
+    again.load_state_dict(method.state_dict())
+    assert again._measured == [row]
+
+
 @pytest.mark.parametrize("choose", ["perturbed", "sharpness"])
 def test_the_candidate_that_is_chosen(choose: str) -> None:
     method, _, supernet, plan = _supernet(choose=choose)
@@ -322,6 +373,7 @@ def test_targets(layouts) -> None:
         ({"controller": "tree"}, "controller='tree'; allowed are lstm, table"),
         ({"search": True, "near_budget": True}, "near_budget with draws=1"),
         ({"spread": 0.0}, "spread=0.0"),
+        ({"search": True, "measured_start": True}, "expected near_budget=True and controller='table'"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(options, message: str) -> None:
