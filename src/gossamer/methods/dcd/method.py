@@ -15,17 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gossamer.core.errors import ModelError, PlanError, RecipeError
+from gossamer.core.errors import PlanError, RecipeError
 from gossamer.core.method import Edit, Method
 from gossamer.core.schedule import Batch, Loader, Phase, Plan, Step, Terms, Turn, Window
 from gossamer.kits.adversarial import Game, JudgeOptions, Notes, adam, drawn_with, frozen, picture_channels
 from gossamer.kits.perceptual import PerceptualNetwork, load_perceptual
 from gossamer.kits.teacher import SELF, FeatureTap
 from gossamer.methods.dcd import maths
-from gossamer.methods.dcd.networks import Best, Tap, connector, make_game, narrowed, tap_shapes, widened
+from gossamer.methods.dcd.networks import Best, Tap, connector, find_taps, make_game, narrowed, widened
 from gossamer.methods.dcd.options import Released, check_options, released
 from gossamer.models.build import load_model
-from gossamer.models.discriminators import PatchDiscriminator
 from gossamer.models.generators import Generator
 from gossamer.models.preprocessing import preprocessing
 from gossamer.ops.distances import frechet_distance, moments
@@ -178,42 +177,8 @@ class DCD(Method):
         if self.lambda_style or self.lambda_feature:
             self._perceptual()
         with drawn_with(self.seed):
-            taps = self._find_taps(student, widened(origin, self.teacher_width), preprocessing(model).size)
+            taps = find_taps(student, widened(origin, self.teacher_width), preprocessing(model).size, self)
         return {"width": self.width, "channels": list(channels), "taps": taps}
-
-    def _find_taps(self, student: nn.Module, teacher: nn.Module, size: tuple[int, int, int]) -> list[list[Any]]:
-        if self.features == "none":
-            return []
-        pairs = self._pairs(student, teacher)
-        ours = tap_shapes(student, [s for s, _ in pairs], size, "student")
-        theirs = tap_shapes(teacher, [t for _, t in pairs], size, "teacher")
-        least = PatchDiscriminator(1, 1, self.layers).smallest
-        found = []
-        for (s, t), a, b in zip(pairs, ours, theirs, strict=True):
-            if a[1:] != b[1:]:
-                raise ModelError(
-                    f"dcd at {s}: the student's feature is {a[1:]} pixels, the teacher's {b[1:]}; expected equal sizes"
-                )
-            if self.features == "dcd" and min(a[1:]) < least:
-                raise ModelError(
-                    f"dcd at {s}: features of {a[1:]} pixels are too small for a discriminator with layers="
-                    f"{self.layers}, which needs {least}; set layers lower, or use larger pictures"
-                )
-            found.append([s, t, a[0], b[0]])
-        return found
-
-    def _pairs(self, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
-        """Return the module paths to compare, student's and teacher's."""
-        if self.taps is not None and not isinstance(self.taps[0], int):
-            return [(str(s), str(t)) for s, t in self.taps]  # type: ignore[misc]
-        ours, theirs = (tuple(getattr(m, "taps", ())) for m in (student, teacher))
-        numbers = [int(n) for n in self.taps] if self.taps is not None else list(range(len(ours)))  # type: ignore[arg-type]
-        if not ours or len(ours) != len(theirs) or any(not -len(ours) <= n < len(ours) for n in numbers):
-            raise ModelError(
-                f"dcd: taps={self.taps}: the student has features {list(ours)}, the teacher {list(theirs)}; expected "
-                f"numbers that both have, or pairs of module paths [[student, teacher], ...]"
-            )
-        return [(ours[n], theirs[n]) for n in numbers]
 
     def apply(self, model: nn.Module, edit: Edit) -> nn.Module:
         """Narrow the model, or tap it for a phase in which it learns."""

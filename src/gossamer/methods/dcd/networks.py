@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from gossamer.core.errors import ModelError
 from gossamer.kits.adversarial import CycleGame, CycleOptions, Game, JudgeOptions, PairedGame, way_back
 from gossamer.kits.teacher import FeatureTap
+from gossamer.models.discriminators import PatchDiscriminator
 from gossamer.models.generators import Generator, plain_init
 from gossamer.models.weights import fill, read_weights
 
-__all__ = ["Best", "Tap", "connector", "make_game", "narrowed", "tap_shapes", "widened"]
+__all__ = ["Best", "Tap", "connector", "find_taps", "make_game", "narrowed", "widened"]
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def narrowed(model: nn.Module, width: int | None) -> nn.Module:
         return model.twin(width=width)
 
 
-def tap_shapes(model: nn.Module, paths: Sequence[str], size: tuple[int, int, int], who: str) -> list[tuple[int, ...]]:
+def _shapes(model: nn.Module, paths: Sequence[str], size: tuple[int, int, int], who: str) -> list[tuple[int, ...]]:
     """Return the shape [C, h, w] of the features at ``paths`` for one picture of ``size`` (C, H, W).
 
     Raises:
@@ -123,6 +124,53 @@ def tap_shapes(model: nn.Module, paths: Sequence[str], size: tuple[int, int, int
     if flat:
         raise ModelError(f"dcd: {flat[0]!r} of the {who} puts out no feature map [C, h, w]; tap another module")
     return shapes
+
+
+def _tap_paths(student: nn.Module, teacher: nn.Module, taps: Sequence[Any] | None) -> list[tuple[str, str]]:
+    """Return the module paths to compare, student's and teacher's."""
+    if taps is not None and not isinstance(taps[0], int):
+        return [(str(s), str(t)) for s, t in taps]
+    ours, theirs = (tuple(getattr(m, "taps", ())) for m in (student, teacher))
+    numbers = [int(n) for n in taps] if taps is not None else list(range(len(ours)))
+    if not ours or len(ours) != len(theirs) or any(not -len(ours) <= n < len(ours) for n in numbers):
+        raise ModelError(
+            f"dcd: taps={taps}: the student has features {list(ours)}, the teacher {list(theirs)}; expected "
+            f"numbers that both have, or pairs of module paths [[student, teacher], ...]"
+        )
+    return [(ours[n], theirs[n]) for n in numbers]
+
+
+def find_taps(student: nn.Module, teacher: nn.Module, size: tuple[int, int, int], method: Any) -> list[list[Any]]:
+    """Return what is compared, a list [student's path, teacher's path, student's channels, teacher's channels] a tap.
+
+    Args:
+        student: The narrow generator.
+        teacher: The wide one.
+        size: (C, H, W) of a picture.
+        method: The options ``features, taps, layers``.
+
+    Raises:
+        ModelError: A tap is not there, the two sizes differ, or the discriminator cannot look at it.
+    """
+    if method.features == "none":
+        return []
+    pairs = _tap_paths(student, teacher, method.taps)
+    ours = _shapes(student, [s for s, _ in pairs], size, "student")
+    theirs = _shapes(teacher, [t for _, t in pairs], size, "teacher")
+    least = PatchDiscriminator(1, 1, method.layers).smallest
+    found = []
+    for (s, t), a, b in zip(pairs, ours, theirs, strict=True):
+        if a[1:] != b[1:]:
+            raise ModelError(
+                f"dcd at {s}: the student's feature is {a[1:]} pixels, the teacher's {b[1:]}; expected equal sizes"
+            )
+        if method.features == "dcd" and min(a[1:]) < least:
+            raise ModelError(
+                f"dcd at {s}: features of {a[1:]} pixels are too small for a discriminator with layers="
+                f"{method.layers}, which needs {least}; set layers lower, or use larger pictures"
+            )
+        found.append([s, t, a[0], b[0]])
+    return found
 
 
 def make_game(model: nn.Module, channels: Sequence[int], judge: JudgeOptions, method: Any) -> Game:
