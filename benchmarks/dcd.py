@@ -5,12 +5,16 @@
     python benchmarks/dcd.py --data ../shared/data --out runs/dcd --table         # the table of what is there
     python benchmarks/dcd.py --data ../shared/data --out runs/dcd --speed         # published sizes in the runtimes
 
-Two tasks: ``pairs`` (pix2pix: grey to colour, 5,000 training photographs of all classes; ``--inputs edges`` is harder)
-and ``domains`` (CycleGAN: horses to deer, 5,000 each). Two figures in the features of a ViT-Ti/16, which no arm is
-trained with (its perceptual network is an EfficientNet-Lite0): the Frechet distance of the pictures made of the 5,000
-training inputs, and the kernel distance on 800 test inputs. Neither is the standard FID or KID. Uses CUDA if present;
-an arm that was interrupted goes on where it stopped, a finished one is not run again. The default sizes are for one
-core (about half an hour of processor time for both seeds of both tasks).
+Two tasks: ``pairs`` (pix2pix: grey to colour by a U-Net, 5,000 training photographs of all classes; ``--inputs edges``
+is harder) and ``domains`` (CycleGAN: horses to deer by a MobileResNet, 5,000 each). Two figures in the features of a
+ViT-Ti/16, which no arm is trained with (its perceptual network is an EfficientNet-Lite0): the Frechet distance of the
+pictures made of the 5,000 training inputs, and the kernel distance on 800 test inputs. Neither is the standard FID or
+KID. Uses CUDA if present; an arm that was interrupted goes on where it stopped, a finished one is not run again. The
+default sizes are for one core (two to three minutes of processor time an arm of pairs, and one to score it). The pairs
+were first run with a MobileResNet, whose pictures stayed blurred; its figures come from
+
+    python benchmarks/dcd.py --data ../shared/data --out runs/dcd-mobile --tasks pairs --seeds 3 \\
+        --network mobile_resnet_3blocks --kind hinge --recon 100 --raw 1 --batch 4 --lr 2e-3 --steps 1200
 """
 
 from __future__ import annotations
@@ -57,10 +61,16 @@ SEEN = 96  # side at which the extractor sees pictures: three times theirs, and 
 DEPTHS = ["net.bn1", "net.blocks.0.0", "net.blocks.1.1", "net.blocks.2.1"]
 ARMS = ("teacher", "alone", "plain", "plain_gan", "dcd", "dcd_without_gan", "images")
 TASKS = ("pairs", "domains")
-STEPS = {"pairs": 1200, "domains": 500}
-NETWORK, TEACHER, STUDENT, SIZE = "mobile_resnet_3blocks", 24, 8, 32
+STEPS = {"pairs": 1500, "domains": 500}
+NETWORK = {"pairs": "unet_32", "domains": "mobile_resnet_3blocks"}
+TAPS = {"unet_32": [0, 3]}  # the others are 2 pixels small, too few for a discriminator; every arm compares these
+TEACHER, STUDENT, SIZE = 24, 8, 32
 JUDGE = {"layers": 1, "ndf": 16}
-RAW = {"features": "raw", "lambda_dcd": 1.0}  # its gradient at the student is as large as that of DCD's under 8
+
+
+def network(args: argparse.Namespace, task: str) -> str:
+    """Return the generator of a task."""
+    return args.network or NETWORK[task]
 
 
 def pictures(args: argparse.Namespace, task: str, split: str) -> tuple[Tensor, Tensor]:
@@ -74,7 +84,7 @@ def pictures(args: argparse.Namespace, task: str, split: str) -> tuple[Tensor, T
         whole = open_data(spec)
         first, second = ([i for i, k in enumerate(whole.labels) if k == c][:count] for c in (HORSE, DEER))
         source = pair_sources(take(whole, first), take(whole, second), paired=True)  # both in order, once each
-    view = PairTransform(preprocessing(load_model(NETWORK, width=1, img_size=SIZE)))
+    view = PairTransform(preprocessing(load_model(network(args, task), width=1, img_size=SIZE)))
     read = [view(source[i].image) for i in range(len(source))]
     return torch.stack([r["image"] for r in read]), torch.stack([r["target"] for r in read])
 
@@ -118,11 +128,14 @@ def methods(args: argparse.Namespace, task: str, arm: str, seed: int) -> list[Me
     paired = task == "pairs"
     if arm in ("alone", "teacher"):
         plain = {**JUDGE, "seed": seed}
-        return [Pix2Pix(gan="hinge", norm="instance", **plain) if paired else CycleGAN(**plain)]
+        if not paired:
+            return [CycleGAN(**plain)]
+        return [Pix2Pix(gan=args.kind, norm="instance", lambda_recon=args.recon, **plain)]
     perceptual = Doubled(load_model(f"{PERCEPTUAL}@{args.data}/weights/{PERCEPTUAL}_fp16.safetensors"))
+    raw = {"features": "raw", "lambda_dcd": args.raw}
     own: dict[str, Any] = {
-        "plain": {**RAW, "lambda_gan": 0.0, "d_fakes": "teacher"},
-        "plain_gan": RAW,
+        "plain": {**raw, "lambda_gan": 0.0, "d_fakes": "teacher"},
+        "plain_gan": raw,
         "images": {"features": "images"},
         "dcd": {},
         "dcd_without_gan": {"lambda_gan": 0.0, "d_fakes": "teacher"},
@@ -131,7 +144,8 @@ def methods(args: argparse.Namespace, task: str, arm: str, seed: int) -> list[Me
         DCD(
             width=STUDENT, paired=paired, perceptual=perceptual, perceptual_paths=DEPTHS, perceptual_norm=True,
             cycles=args.cycles, student_ratio=1.0, lambda_style=args.style, lambda_feature=args.feature,
-            lambda_task=args.task_weight if paired else 0.0,
+            gan=args.kind if paired else None, lambda_recon=args.recon, lambda_task=args.recon if paired else 0.0,
+            taps=TAPS.get(network(args, task)),
             **{"lambda_gan": args.gan, "lambda_dcd": args.weight, **own}, seed=seed, **JUDGE,
         )
     ]  # fmt: skip
@@ -140,7 +154,7 @@ def methods(args: argparse.Namespace, task: str, arm: str, seed: int) -> list[Me
 def train(args: argparse.Namespace, task: str, arm: str, seed: int, folder: Path) -> nn.Module:
     """Train an arm, or go on with it; returns the generator that is deployed."""
     torch.manual_seed(seed)
-    model, paired = load_model(NETWORK, width=TEACHER, img_size=SIZE), task == "pairs"
+    model, paired = load_model(network(args, task), width=TEACHER, img_size=SIZE), task == "pairs"
     if arm == "alone":
         with drawn_with(seed + 1):  # the weights that the distilled students start from
             model.set_width(STUDENT)
@@ -220,8 +234,9 @@ def one(args: argparse.Namespace, task: str, arm: str, seed: int) -> None:
     trained = time.process_time() - start
     row = {"task": task, "arm": arm, "seed": seed, **score(args, task, model), "processor_seconds": trained}
     draw_grid(args, task, model, place / "grid.png")
-    names = ("batch", "images", "lr", "style", "feature", "weight", "gan", "task_weight", "cycles", "inputs")
-    row["settings"] = {k: getattr(args, k) for k in names} | {"steps": args.steps or STEPS[task]}
+    names = ("batch", "images", "lr", "style", "feature", "weight", "raw", "gan", "kind", "recon", "cycles", "inputs")
+    row["settings"] = {k: getattr(args, k) for k in names}
+    row["settings"] |= {"network": network(args, task), "steps": args.steps or STEPS[task]}
     result.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
     print(f"{task} {arm} seed {seed}: {row['train_frechet']:.2f}, kernel {row['test_kernel']:.4f}", flush=True)
 
@@ -286,17 +301,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, help=f"of the student (and the teacher); default {STEPS}")
     parser.add_argument("--images", type=int, default=5000, help="training pictures of a domain, at most 5,000")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--cycles", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument(
         "--style", type=float, default=8.0, help="published 1e4 is for VGG-16, whose Gram matrices are small"
     )
     parser.add_argument("--feature", type=float, default=8.0)
     parser.add_argument("--weight", type=float, default=8.0, help="of DCD's feature term")
+    parser.add_argument("--raw", type=float, default=20.0, help="of plain distillation's feature term")
     parser.add_argument("--inputs", default="grey", choices=["edges", "grey"], help="what pairs are made of")
     parser.add_argument("--gan", type=float, default=1.0, help="weight of the student's adversarial term")
-    parser.add_argument("--task-weight", type=float, default=100.0, help="of the student's own pixel error, for pairs")
+    parser.add_argument(
+        "--kind", default="lsgan", choices=["hinge", "lsgan", "vanilla"], help="adversarial loss of pairs"
+    )
+    parser.add_argument("--recon", type=float, default=20.0, help="of the pixel error of pairs, in every network")
+    parser.add_argument("--network", help=f"generator; default {NETWORK}")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", help="task/arm/seed")
