@@ -8,7 +8,7 @@ without it prints the table and writes ``OUT/saq.json``. ``full`` is ten epochs 
 on a GPU that several processes share, hours on one core. ``few`` is 31 epochs of 1,000 images, where plain training
 overfits; about half an hour of one core. ``small`` takes 10 minutes of one core: too short to say more than that it
 works. ``mobile`` (with ``--seeds 3 4 5``) is a narrow MobileNetV2 trained on 45,000 images, whose layers differ most
-in what a bit costs them: widths searched within the BOPs of 3 bits against 3 bits everywhere; of one core 9 minutes
+in what a bit costs them: widths searched within the BOPs of 3 and 4 bits against 3 and 4 everywhere; of one core 9 minutes
 for the float model, 2.5 a search with its training, 40 s a training. Every run keeps the widths and the candidates in
 its ``told.json``. glibc hands large buffers back to the system after every layer: with ``MALLOC_MMAP_THRESHOLD_`` and
 ``MALLOC_TRIM_THRESHOLD_`` at 8589934592 the steps take a quarter less.
@@ -71,7 +71,7 @@ BUDGET = {
     "policy_decay": 0.0, "band": 0.01,
 }  # fmt: skip
 """The search within the budget."""
-GIVEN = {"3 bit, one input 8": [(3, 8) if k == 1 else (3, 3) for k in range(19)]}
+GIVEN = {"{} bit, one input 8": lambda bits: [(bits, 8 if k == 1 else bits) for k in range(19)]}
 """Widths (weights, input) of the decided layers of ``MOBILE`` that searched ones are compared with as well."""
 SIZES: dict[str, dict[str, Any]] = {
     "full": {
@@ -90,7 +90,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "mobile": {
         "images": 45_000, "model": MOBILE, "float": 6000, "steps": 150, "test": 8000, "radii": (0.1,), "plain": False,
-        "held": (45_000, 46_000), "rho": {3: (0.1,)}, "given": GIVEN, "long": 4,
+        "held": (45_000, 46_000), "rho": {3: (0.1,), 4: (0.1,)}, "given": GIVEN, "long": 4,
         "searches": {
             "searched apart at {} bit": {
                 **BUDGET, "share": False, "choices": [2, 3, 4, 5, 8], "measured_start": True, "search_steps": 60,
@@ -118,7 +118,7 @@ def items(size: dict[str, Any]) -> dict[str, Job]:
                 size["long"] * steps,
             )
         for name, widths in size.get("given", {}).items():
-            found[f"saq {name}"] = ({"saq": _sharp(widths, radii[0])}, steps)
+            found[f"saq {name.format(bits)}"] = ({"saq": _sharp(widths(bits), radii[0])}, steps)
         for name, options in size["searches"].items() if bits > 2 else ():  # narrower and wider layers are to be had
             search = {"search": True, "target_bops": f"{bits}bit", **options}
             found[f"saq {name.format(bits)}"] = ({"saq": {**_sharp(bits, radii[0]), **search}}, steps)
