@@ -8,7 +8,7 @@ without it prints the table and writes ``OUT/saq.json``. ``full`` is ten epochs 
 on a GPU that several processes share, hours on one core. ``few`` is 31 epochs of 1,000 images, where plain training
 overfits; about half an hour of one core. ``small`` takes 10 minutes of one core: too short to say more than that it
 works. ``mobile`` (with ``--seeds 3 4 5``) is a narrow MobileNetV2 trained on 45,000 images, whose layers differ most
-in what a bit costs them: widths searched within the BOPs of 3 and 4 bits against 3 and 4 everywhere; of one core 9 minutes
+in what a bit costs them: widths searched within the BOPs of 3 and 4 bits against equal ones; of one core 9 minutes
 for the float model, 2.5 a search with its training, 40 s a training. Every run keeps the widths and the candidates in
 its ``told.json``. glibc hands large buffers back to the system after every layer: with ``MALLOC_MMAP_THRESHOLD_`` and
 ``MALLOC_TRIM_THRESHOLD_`` at 8589934592 the steps take a quarter less.
