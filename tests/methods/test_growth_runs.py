@@ -157,9 +157,33 @@ def test_search_stops_where_nothing_is_left_to_search():
     """A search that reached the full network early trains on, step for step."""
     options = {**SEARCH, "dims": ["resolution"], "start_scale": 1.0}
     loop, _, rows = trained(AutoProg(**options), tiny_vit(depth=4))
-    assert not [r for r in rows if "loss" in r.get("terms", {})]
+    assert not [r for r in rows if "size" in r.get("terms", {})]
     assert sum("task" in r.get("terms", {}) for r in rows) == 12
     assert {(e["depth"], e["sizes"][-1]) for e in edits(loop)} == {(4, 32)}
+
+
+def test_first_stage_can_do_without_a_search():
+    loop, _, rows = trained(AutoProg(**SEARCH, search_first=False), tiny_vit(depth=4))
+    first, second = edits(loop)[:2]
+    assert (first["kind"], first["depth"], first["sizes"]) == ("stage", 2, [16]) and second["kind"] == "super"
+    assert {r["phase"].split(".")[1] for r in rows if "size" in r.get("terms", {})} == {"score1"}
+    assert sum("task" in r.get("terms", {}) for r in rows) == 12
+
+
+def test_depths_share_the_pictures_they_are_scored_on():
+    method = AutoProg(**SEARCH)
+    model = tiny_vit(depth=4)
+    model = method.apply(model, method.prepare(model))
+    model = method.apply(model, method.enter(model, Phase("fit.super0.0", 1)))
+    draw, size = method.loader("train", noise), method._now["sizes"][0]
+    method._score(0, model, {"train": draw}, Step("fit.score0.0", "work", 0, 3))
+    with torch.no_grad(), method._copies[0].applied(model), method._sized(size):
+        batches = [draw(Step("autoprog.score", "work", i, 2)) for i in range(2)]
+        for depth, row in zip(method._now["depths"], method._losses["0"], strict=True):
+            with method._network(model, depth)():
+                alone = [torch.nn.functional.cross_entropy(model.train()(b["image"]), b["target"]) for b in batches]
+            assert row == pytest.approx([float(v) for v in alone], abs=1e-6)
+    assert batches[0]["image"].shape[-1] == size and len({tuple(r) for r in method._losses["0"]}) == 3
 
 
 def test_scoring_leaves_weights_statistics_and_averages_alone():
@@ -170,9 +194,11 @@ def test_scoring_leaves_weights_statistics_and_averages_alone():
     kept = {k: v.clone() for k, v in model.state_dict().items()}
     average = {k: v.clone() for k, v in method._copies[0].average.items()}
     draw = method.loader("train", large)
-    for index in range(len(method._candidates())):
-        terms = method._score(0, model, {"train": draw}, Step("fit.score0.0", "work", index, 9))
-        assert terms["time"] > 0 and math.isfinite(terms["loss"])
+    for index in range(len(method._now["sizes"])):
+        terms = method._score(0, model, {"train": draw}, Step("fit.score0.0", "work", index, 3))
+        for depth in method._now["depths"]:
+            assert terms[f"time.{depth}"] > 0 and math.isfinite(terms[f"loss.{depth}"])
+    assert len(method._costs) == len(method._candidates())
     assert method._scored(0) and not method._scored(1)
     assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
     assert all(torch.equal(v, average[k]) for k, v in method._copies[0].average.items())

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -63,6 +63,8 @@ class AutoProg(Method):
         release_momentum: Decay of the slower copy of ``"mogrow_release"``.
         momentum_warmup: Let the decay rise over the first updates: the copy would otherwise be the initial weights.
         search: Decide by a supernet; off: the manual linear schedule.
+        search_first: Search the first stage too (published); off: it is the schedule's. A first search shorter than the
+            learning rate's warm-up sees networks that have learned nothing yet.
         search_ratio: Share of a stage that the supernet trains (published: 2 of 25 epochs).
         records: How often candidates are scored in a search; their losses are averaged.
         batches: Training batches a candidate is scored on, the same for all.
@@ -89,6 +91,7 @@ class AutoProg(Method):
     release_momentum: float = 0.9996
     momentum_warmup: bool = True
     search: bool = True
+    search_first: bool = True
     search_ratio: float = 0.08
     records: int = 5
     batches: int = 50
@@ -167,8 +170,8 @@ class AutoProg(Method):
                 return [phase]
             ratio = self.search_ratio if self.search else None
             return split(
-                phase, stages=self.stages, search=ratio, records=self.records, score=self._score, done=self._scored,
-                fresh=self.reset_optimizer,
+                phase, stages=self.stages, search=ratio, first=self.search_first, records=self.records,
+                score=self._score, done=self._scored, fresh=self.reset_optimizer,
             )  # fmt: skip
 
         names = [p.name for p in plan if p.name.split(".")[0] == self.phase]
@@ -227,11 +230,14 @@ class AutoProg(Method):
         """Return the network of a stage: by the schedule, by the search, or the full one at the end."""
         start = None if self._now else self.depths()[0]
         level = self.level(at.stage)
-        if not self.search or at.stage == self.stages - 1:
+        if not self._searched(at.stage):
             depth, size = self.depths()[at.stage], self.sizes()[at.stage]
             return {"start": start, "depth": depth, "least": None, "sizes": [size], "level": level}
         (size, depth), report = self._chosen()
         return {"start": None, "depth": depth, "least": None, "sizes": [size], "level": level, "search": report}
+
+    def _searched(self, stage: int) -> bool:
+        return self.search and stage < self.stages - 1 and (stage > 0 or self.search_first)
 
     def _chosen(self) -> tuple[tuple[int, int], dict[str, Any]]:
         pairs = self._candidates()
@@ -365,20 +371,26 @@ class AutoProg(Method):
         return len(pairs) < 2 or len(self._losses.get(str(record), [])) >= len(pairs)
 
     def _score(self, record: int, model: nn.Module, loaders: Mapping[str, Loader], step: Step) -> dict[str, float]:
-        """Score the next candidate: its training loss under the momentum copy and, at the first record, its cost."""
-        row = self._losses.setdefault(str(record), [])
-        size, depth = self._candidates()[len(row)]
-        elastic, draw = self._elastic(), loaders["train"]
-        running = nullcontext() if elastic is None else elastic.running(model, maths.split_depth(depth, self._full))
+        """Score the next size's depths: training losses under the momentum copy and, at the first record, costs."""
+        rows, draw, depths = self._losses.setdefault(str(record), []), loaders["train"], self._now["depths"]
+        size = self._now["sizes"][len(rows) // len(depths)]
         # the draws do not depend on the candidate: all see the same pictures
         drawn = [Step("autoprog.score", "work", i, self.batches, step.seed, step.rank) for i in range(self.batches)]
-        terms = {"size": float(size), "depth": float(depth)}
-        with self._copies[0].applied(model), running, buffers_kept(model), self._sized(size):
-            if len(self._costs) <= len(row):
-                self._costs.append(measured_cost(self.cost, model, draw(drawn[0]), self.timing_steps))
-                terms[self.cost] = self._costs[-1]
-            row.append(training_losses(model, (draw(s) for s in drawn)))
-        return {"loss": statistics.fmean(row[-1]), **terms}
+        terms = {"size": float(size)}
+        with self._copies[0].applied(model), buffers_kept(model), self._sized(size):
+            rows += training_losses(model, (draw(s) for s in drawn), [self._network(model, d) for d in depths])
+            for depth, losses in zip(depths, rows[-len(depths) :], strict=True):
+                terms[f"loss.{depth}"] = statistics.fmean(losses)
+                if len(self._costs) < len(rows):
+                    with self._network(model, depth)():
+                        self._costs.append(measured_cost(self.cost, model, draw(drawn[0]), self.timing_steps))
+                    terms[f"{self.cost}.{depth}"] = self._costs[-1]
+        return terms
+
+    def _network(self, model: nn.Module, depth: int) -> Callable[[], AbstractContextManager[None]]:
+        """Return what lets ``model`` be the sub-network of ``depth`` blocks."""
+        elastic, counts = self._elastic(), maths.split_depth(depth, self._full)
+        return nullcontext if elastic is None else lambda: elastic.running(model, counts)
 
     @contextmanager
     def _sized(self, size: int) -> Iterator[None]:

@@ -15,8 +15,8 @@ from gossamer.methods.autoprog.maths import boundaries
 __all__ = ["Place", "place", "split"]
 
 Score = Callable[[int, nn.Module, Mapping[str, Loader], Step], dict[str, float]]
-MOST_CANDIDATES = 9
-"""Three sizes times three depths."""
+MOST_SIZES = 3
+"""Of the candidates of a search."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ def split(  # noqa: PLR0913 - a search has as many parts as the paper gives it
     *,
     stages: int,
     search: float | None,
+    first: bool,
     records: int,
     score: Score,
     done: Callable[[int], bool],
@@ -55,10 +56,11 @@ def split(  # noqa: PLR0913 - a search has as many parts as the paper gives it
 
     Args:
         phase: The training that is to grow.
-        stages: Number of stages; all but the last begin with a search.
+        stages: Number of stages; all but the last can begin with a search.
         search: Share of a stage that the supernet trains; ``None``: no search.
+        first: Whether the first stage has one.
         records: How often the candidates are scored in a search.
-        score: Scores one candidate; one unit of work.
+        score: Scores the candidates of one size; one unit of work.
         done: Whether all candidates have the record of that number.
         fresh: Whether optimisers start anew where the network changes.
 
@@ -77,7 +79,7 @@ def split(  # noqa: PLR0913 - a search has as many parts as the paper gives it
     parts: list[Phase] = []
     for k, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
         at = start
-        if search is not None and k < stages - 1:
+        if search is not None and (first or k > 0) and k < stages - 1:
             for j, steps in enumerate(_search(min(lengths[k], end - start - 1), records)):
                 if not steps:
                     continue
@@ -93,7 +95,7 @@ def split(  # noqa: PLR0913 - a search has as many parts as the paper gives it
 def _scoring(name: str, record: int, score: Score, done: Callable[[int], bool]) -> Phase:
     return Phase(
         name,
-        MOST_CANDIDATES,
+        MOST_SIZES,
         turns=(),
         growing=True,
         until=lambda model: done(record),

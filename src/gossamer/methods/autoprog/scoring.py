@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,21 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits_of(model(batch["image"])).float(), batch["target"])
 
 
-def training_losses(model: nn.Module, batches: Iterable[Batch]) -> list[float]:
-    """Return the cross-entropy of each batch in training mode, without gradients."""
+def training_losses(
+    model: nn.Module, batches: Iterable[Batch], networks: Sequence[Callable[[], AbstractContextManager[None]]]
+) -> list[list[float]]:
+    """Return the cross-entropy of each batch in training mode, without gradients, under each of ``networks``.
+
+    A network is a context in which ``model`` is that sub-network. Each batch is drawn once.
+    """
     model.train()
+    rows: list[list[Tensor]] = [[] for _ in networks]
     with torch.no_grad():
-        return torch.stack([_loss(model, b) for b in batches]).tolist()
+        for batch in batches:
+            for row, network in zip(rows, networks, strict=True):
+                with network():
+                    row.append(_loss(model, batch))
+    return [torch.stack(row).tolist() for row in rows]
 
 
 def measured_cost(kind: str, model: nn.Module, batch: Batch, repeats: int) -> float:
