@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 
 from gossamer.models.growing import Layout
@@ -12,6 +11,9 @@ __all__ = [
     "boundaries", "candidates", "choose", "make_divisible", "momentum", "planned", "power_law", "schedule", "shares",
     "split_depth",
 ]  # fmt: skip
+
+TIE = 1e-7
+"""Relative difference of scores that the fit's own rounding can make."""
 
 
 def make_divisible(value: float, divisor: int) -> int:
@@ -110,9 +112,7 @@ def planned(values: Sequence[int], wanted: int) -> int:
     return min((v for v in values if v >= wanted), default=max(values))
 
 
-def choose(
-    costs: Sequence[float], losses: Sequence[Sequence[float]], *, plan: int = 0, errors: float = 0.0
-) -> tuple[int, float, list[float]]:
+def choose(costs: Sequence[float], losses: Sequence[float], plan: int = 0) -> tuple[int, float, list[float]]:
     """Return the chosen candidate, the weight w of cost, and every score ``loss cost^w`` (the least wins).
 
     w = max(-a1, 0) of the power law through all candidates: where a loss falls with cost as all do, candidates
@@ -120,26 +120,11 @@ def choose(
 
     Args:
         costs: Cost of each candidate.
-        losses: Its losses by batch, the same batches for all.
-        plan: The candidate that the schedule names.
-        errors: Standard errors, batch by batch, by which losses must fall with cost and the least score be below the
-            plan's, else the plan is kept: where larger networks are not better they have not settled yet, and a
-            short search says nothing about size. 0: the least score, the cheapest of equals, as published.
+        losses: Its mean loss, on the same batches for all.
+        plan: The candidate that the schedule names: it wins ties. A law passes through any two points, so that two
+            candidates of which the dearer has the lower loss always tie.
     """
-    means = [statistics.fmean(row) for row in losses]
-    weight = max(-power_law(costs, means)[0], 0.0)
-    scores = [loss * cost**weight for cost, loss in zip(costs, means, strict=True)]
+    weight = max(-power_law(costs, losses)[0], 0.0)
+    scores = [loss * cost**weight for cost, loss in zip(costs, losses, strict=True)]
     best = min(range(len(costs)), key=lambda i: (scores[i], costs[i]))
-    if errors == 0:
-        return best, weight, scores
-    slopes = [-power_law(costs, batch)[0] for batch in zip(*losses, strict=True)]
-    factor, least = costs[plan] ** weight, costs[best] ** weight
-    gaps = [a * factor - b * least for a, b in zip(losses[plan], losses[best], strict=True)]
-    return best if _positive(slopes, errors) and _positive(gaps, errors) else plan, weight, scores
-
-
-def _positive(values: Sequence[float], errors: float) -> bool:
-    """Return whether the mean is above zero by more than that many standard errors."""
-    if len(values) < 2:
-        return False
-    return statistics.fmean(values) > errors * statistics.stdev(values) / math.sqrt(len(values))
+    return (plan if math.isclose(scores[plan], scores[best], rel_tol=TIE) else best), weight, scores

@@ -41,7 +41,7 @@ REGULARISERS = ("magnitude", "drop_path", "erase")
 RANGES = {
     "stages": (1, 100), "start_scale": (0.01, 1.0), "resolution_step": (1, 1024), "momentum": (0.0, 1.0),
     "release_momentum": (0.0, 1.0), "search_ratio": (0.0, 1.0), "records": (1, 1000), "batches": (1, 10**6),
-    "timing_steps": (1, 10**6), "errors": (0.0, 100.0),
+    "timing_steps": (1, 10**6),
 }  # fmt: skip
 
 
@@ -70,8 +70,6 @@ class AutoProg(Method):
         batches: Training batches a candidate is scored on, the same for all.
         timing_steps: Forward and backward passes that its time is the median of.
         cost: ``"time"`` (measured here) or ``"macs"`` (counted; the same everywhere).
-        errors: Keep to the linear schedule unless, by more than this many standard errors over the scored batches,
-            losses fall with cost and another candidate's score is lower; 0 (published): the least score wins.
         stay: Whether a depth may stay as it is at a search (the release always grows it).
         regularisation: Share of its final strength that each regulariser starts with: RandAugment
             ``magnitude``, ``drop_path``, random-``erase`` probability.
@@ -97,7 +95,6 @@ class AutoProg(Method):
     batches: int = 50
     timing_steps: int = 50
     cost: str = "time"
-    errors: float = 2.0
     stay: bool = True
     regularisation: dict[str, float] = field(default_factory=lambda: {"magnitude": 0.5, "drop_path": 0.0, "erase": 0.0})
     reset_optimizer: bool = False
@@ -131,11 +128,6 @@ class AutoProg(Method):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise RecipeError(f"autoprog: {name}={value}; expected {low} to {high}")
-        if self.search and self.errors and self.batches < 2:
-            raise RecipeError(
-                f"autoprog: batches={self.batches} with errors={self.errors:g}; one batch shows no error. "
-                f"Score at least 2, or set errors=0"
-            )
         for name, share in self.regularisation.items():
             if share > 1:
                 raise RecipeError(f"autoprog: regularisation {name}={share}; expected at most 1")
@@ -243,15 +235,13 @@ class AutoProg(Method):
         pairs = self._candidates()
         if len(pairs) == 1:
             return pairs[0], {}
-        records = list(self._losses.values())
-        losses = [[statistics.fmean(v) for v in zip(*(r[i] for r in records), strict=True)] for i in range(len(pairs))]
-        means = [statistics.fmean(row) for row in losses]
+        records = self._losses.values()
+        means = [statistics.fmean(v for r in records for v in r[i]) for i in range(len(pairs))]
         if not all(math.isfinite(v) for v in means):
             raise ModelError(f"autoprog: losses of the candidates are {means}; expected finite numbers. Lower train.lr")
         size = maths.planned(self._now["sizes"], self.sizes()[self._now["stage"]])
         depth = maths.planned(self._now["depths"], self.depths()[self._now["stage"]])
-        plan = pairs.index((size, depth))
-        best, weight, scores = maths.choose(self._costs, losses, plan=plan, errors=self.errors)
+        best, weight, scores = maths.choose(self._costs, means, pairs.index((size, depth)))
         rows = [[*pair, *rest] for pair, *rest in zip(pairs, self._costs, means, scores, strict=True)]
         return pairs[best], {"weight": weight, "candidates": rows}
 
