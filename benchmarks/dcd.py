@@ -59,18 +59,21 @@ HORSE, DEER = 7, 4
 EXTRACTOR, PERCEPTUAL = "vit_tiny_patch16_224@embedded", "tf_efficientnet_lite0"
 SEEN = 96  # side at which the extractor sees pictures: three times theirs, and a fifth of the work of its usual 224
 DEPTHS = ["net.bn1", "net.blocks.0.0", "net.blocks.1.1", "net.blocks.2.1"]
-ARMS = ("teacher", "alone", "plain", "plain_gan", "dcd", "dcd_without_gan", "images")
+ARMS = ("input", "teacher", "alone", "plain", "plain_gan", "dcd", "dcd_without_gan", "images")
 TASKS = ("pairs", "domains")
-STEPS = {"pairs": 1500, "domains": 500}
-NETWORK = {"pairs": "unet_32", "domains": "mobile_resnet_3blocks"}
+USUAL: dict[str, dict[str, Any]] = {
+    "pairs": {"network": "unet_32", "width": 8, "steps": 1500, "lr": 1e-3},
+    "domains": {"network": "unet_32", "width": 6, "steps": 1000, "lr": 2e-3},
+}
 TAPS = {"unet_32": [0, 3]}  # the others are 2 pixels small, too few for a discriminator; every arm compares these
-TEACHER, STUDENT, SIZE = 24, 8, 32
+TEACHER, SIZE = 24, 32
 JUDGE = {"layers": 1, "ndf": 16}
 
 
-def network(args: argparse.Namespace, task: str) -> str:
-    """Return the generator of a task."""
-    return args.network or NETWORK[task]
+def settled(args: argparse.Namespace, task: str) -> argparse.Namespace:
+    """Return the settings of a task: what was asked for, else its usual ones."""
+    usual = {k: v for k, v in USUAL[task].items() if getattr(args, k) is None}
+    return argparse.Namespace(**{**vars(args), **usual})
 
 
 def pictures(args: argparse.Namespace, task: str, split: str) -> tuple[Tensor, Tensor]:
@@ -84,7 +87,7 @@ def pictures(args: argparse.Namespace, task: str, split: str) -> tuple[Tensor, T
         whole = open_data(spec)
         first, second = ([i for i, k in enumerate(whole.labels) if k == c][:count] for c in (HORSE, DEER))
         source = pair_sources(take(whole, first), take(whole, second), paired=True)  # both in order, once each
-    view = PairTransform(preprocessing(load_model(network(args, task), width=1, img_size=SIZE)))
+    view = PairTransform(preprocessing(load_model(args.network, width=1, img_size=SIZE)))
     read = [view(source[i].image) for i in range(len(source))]
     return torch.stack([r["image"] for r in read]), torch.stack([r["target"] for r in read])
 
@@ -129,7 +132,7 @@ def methods(args: argparse.Namespace, task: str, arm: str, seed: int) -> list[Me
     if arm in ("alone", "teacher"):
         plain = {**JUDGE, "seed": seed}
         if not paired:
-            return [CycleGAN(**plain)]
+            return [CycleGAN(lambda_cycle=(args.cycle, args.cycle), lambda_identity=args.identity, **plain)]
         return [Pix2Pix(gan=args.kind, norm="instance", lambda_recon=args.recon, **plain)]
     perceptual = Doubled(load_model(f"{PERCEPTUAL}@{args.data}/weights/{PERCEPTUAL}_fp16.safetensors"))
     raw = {"features": "raw", "lambda_dcd": args.raw}
@@ -142,10 +145,10 @@ def methods(args: argparse.Namespace, task: str, arm: str, seed: int) -> list[Me
     }[arm]
     return [
         DCD(
-            width=STUDENT, paired=paired, perceptual=perceptual, perceptual_paths=DEPTHS, perceptual_norm=True,
+            width=args.width, paired=paired, perceptual=perceptual, perceptual_paths=DEPTHS, perceptual_norm=True,
             cycles=args.cycles, student_ratio=1.0, lambda_style=args.style, lambda_feature=args.feature,
             gan=args.kind if paired else None, lambda_recon=args.recon, lambda_task=args.recon if paired else 0.0,
-            taps=TAPS.get(network(args, task)),
+            lambda_cycle=(args.cycle, args.cycle), lambda_identity=args.identity, taps=TAPS.get(args.network),
             **{"lambda_gan": args.gan, "lambda_dcd": args.weight, **own}, seed=seed, **JUDGE,
         )
     ]  # fmt: skip
@@ -153,14 +156,16 @@ def methods(args: argparse.Namespace, task: str, arm: str, seed: int) -> list[Me
 
 def train(args: argparse.Namespace, task: str, arm: str, seed: int, folder: Path) -> nn.Module:
     """Train an arm, or go on with it; returns the generator that is deployed."""
+    if arm == "input":  # the pictures as they come: what has to be improved on
+        return nn.Identity()
     torch.manual_seed(seed)
-    model, paired = load_model(network(args, task), width=TEACHER, img_size=SIZE), task == "pairs"
+    model, paired = load_model(args.network, width=TEACHER, img_size=SIZE), task == "pairs"
     if arm == "alone":
         with drawn_with(seed + 1):  # the weights that the distilled students start from
-            model.set_width(STUDENT)
+            model.set_width(args.width)
     first, second = pictures(args, task, "train")
     draw = loader(first, second, args.batch, paired)
-    stack, steps = Stack(methods(args, task, arm, seed)), args.steps or STEPS[task]
+    stack, steps = Stack(methods(args, task, arm, seed)), args.steps
     settings = TrainSettings(steps=steps, batch_size=args.batch, lr=args.lr, checkpoint_every=max(50, steps // 10))
     bind_self(stack, model)
     loop = Loop(
@@ -228,15 +233,16 @@ def one(args: argparse.Namespace, task: str, arm: str, seed: int) -> None:
     result = place / "result.json"
     if result.is_file():
         return
+    args = settled(args, task)
     torch.set_num_threads(max(1, args.threads))
     start = time.process_time()
     model = train(args, task, arm, seed, place / "run")
     trained = time.process_time() - start
     row = {"task": task, "arm": arm, "seed": seed, **score(args, task, model), "processor_seconds": trained}
+    place.mkdir(parents=True, exist_ok=True)
     draw_grid(args, task, model, place / "grid.png")
-    names = ("batch", "images", "lr", "style", "feature", "weight", "raw", "gan", "kind", "recon", "cycles", "inputs")
-    row["settings"] = {k: getattr(args, k) for k in names}
-    row["settings"] |= {"network": network(args, task), "steps": args.steps or STEPS[task]}
+    names = ("batch", "images", "style", "feature", "weight", "raw", "gan", "kind", "recon", "cycles", "inputs")
+    row["settings"] = {k: getattr(args, k) for k in (*USUAL[task], *names, "cycle", "identity")}
     result.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
     print(f"{task} {arm} seed {seed}: {row['train_frechet']:.2f}, kernel {row['test_kernel']:.4f}", flush=True)
 
@@ -299,11 +305,12 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--arms", nargs="+", default=["alone", "plain", "dcd"], choices=ARMS)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, help=f"of the student (and the teacher); default {STEPS}")
+    parser.add_argument("--steps", type=int, help=f"of the student and of the teacher; usually {USUAL}")
     parser.add_argument("--images", type=int, default=5000, help="training pictures of a domain, at most 5,000")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--cycles", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--cycles", type=int, default=10, help="turns of teacher and of student, without pairs")
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--width", type=int, help=f"of the student; the teacher has {TEACHER}")
     parser.add_argument(
         "--style", type=float, default=8.0, help="published 1e4 is for VGG-16, whose Gram matrices are small"
     )
@@ -316,7 +323,9 @@ def main() -> None:
         "--kind", default="lsgan", choices=["hinge", "lsgan", "vanilla"], help="adversarial loss of pairs"
     )
     parser.add_argument("--recon", type=float, default=20.0, help="of the pixel error of pairs, in every network")
-    parser.add_argument("--network", help=f"generator; default {NETWORK}")
+    parser.add_argument("--cycle", type=float, default=10.0, help="of the cycles, without pairs")
+    parser.add_argument("--identity", type=float, default=0.5, help="of the identity terms, relative to the cycles'")
+    parser.add_argument("--network", help="generator")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", help="task/arm/seed")
