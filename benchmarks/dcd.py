@@ -5,13 +5,14 @@
     python benchmarks/dcd.py --data ../shared/data --out runs/dcd --table         # the table of what is there
     python benchmarks/dcd.py --data ../shared/data --out runs/dcd --speed         # published sizes in the runtimes
 
-Two tasks: ``pairs`` (pix2pix: grey to colour by a U-Net, 5,000 training photographs of all classes; ``--inputs edges``
-is harder) and ``domains`` (CycleGAN: horses to deer by a MobileResNet, 5,000 each). Two figures in the features of a
+Two tasks: ``pairs`` (pix2pix: grey to colour, 5,000 training photographs of all classes; ``--inputs edges`` is
+harder) and ``domains`` (CycleGAN: horses to deer, 5,000 each), both by a U-Net. Two figures in the features of a
 ViT-Ti/16, which no arm is trained with (its perceptual network is an EfficientNet-Lite0): the Frechet distance of the
 pictures made of the 5,000 training inputs, and the kernel distance on 800 test inputs. Neither is the standard FID or
-KID. Uses CUDA if present; an arm that was interrupted goes on where it stopped, a finished one is not run again. The
-default sizes are for one core (two to three minutes of processor time an arm of pairs, and one to score it). The pairs
-were first run with a MobileResNet, whose pictures stayed blurred; its figures come from
+KID. Arm ``input`` scores the pictures as they come: what there is to beat. Uses CUDA if present; an arm that was
+interrupted goes on where it stopped, a finished one is not run again. The default sizes are for one core (one to four
+minutes of processor time an arm, and one to score it). The pairs were first run with a MobileResNet, whose pictures
+stayed blurred; its figures come from
 
     python benchmarks/dcd.py --data ../shared/data --out runs/dcd-mobile --tasks pairs --seeds 3 \\
         --network mobile_resnet_3blocks --kind hinge --recon 100 --raw 1 --batch 4 --lr 2e-3 --steps 1200
