@@ -177,8 +177,12 @@ class DCD(Method):
         if self.lambda_style or self.lambda_feature:
             self._perceptual()
         with drawn_with(self.seed):
-            taps = find_taps(student, widened(origin, self.teacher_width), preprocessing(model).size, self)
-        return {"width": self.width, "channels": list(channels), "taps": taps}
+            teacher = widened(origin, self.teacher_width)
+        found: list[list[Any]] = []
+        if self.features != "none":
+            layers = self.layers if self.features == "dcd" else None
+            found = find_taps(student, teacher, preprocessing(model).size, taps=self.taps, layers=layers)
+        return {"width": self.width, "channels": list(channels), "taps": found}
 
     def apply(self, model: nn.Module, edit: Edit) -> nn.Module:
         """Narrow the model, or tap it for a phase in which it learns."""

@@ -140,34 +140,40 @@ def _tap_paths(student: nn.Module, teacher: nn.Module, taps: Sequence[Any] | Non
     return [(ours[n], theirs[n]) for n in numbers]
 
 
-def find_taps(student: nn.Module, teacher: nn.Module, size: tuple[int, int, int], method: Any) -> list[list[Any]]:
+def find_taps(
+    student: nn.Module,
+    teacher: nn.Module,
+    size: tuple[int, int, int],
+    *,
+    taps: Sequence[Any] | None,
+    layers: int | None,
+) -> list[list[Any]]:
     """Return what is compared, a list [student's path, teacher's path, student's channels, teacher's channels] a tap.
 
     Args:
         student: The narrow generator.
         teacher: The wide one.
         size: (C, H, W) of a picture.
-        method: The options ``features, taps, layers``.
+        taps: Numbers of the generators' own features, or pairs of module paths; ``None``: all of their own.
+        layers: Those of the discriminator that looks at the features; ``None``: none does.
 
     Raises:
         ModelError: A tap is not there, the two sizes differ, or the discriminator cannot look at it.
     """
-    if method.features == "none":
-        return []
-    pairs = _tap_paths(student, teacher, method.taps)
+    pairs = _tap_paths(student, teacher, taps)
     ours = _shapes(student, [s for s, _ in pairs], size, "student")
     theirs = _shapes(teacher, [t for _, t in pairs], size, "teacher")
-    least = PatchDiscriminator(1, 1, method.layers).smallest
+    least = 0 if layers is None else PatchDiscriminator(1, 1, layers).smallest
     found = []
     for (s, t), a, b in zip(pairs, ours, theirs, strict=True):
         if a[1:] != b[1:]:
             raise ModelError(
                 f"dcd at {s}: the student's feature is {a[1:]} pixels, the teacher's {b[1:]}; expected equal sizes"
             )
-        if method.features == "dcd" and min(a[1:]) < least:
+        if min(a[1:]) < least:
             raise ModelError(
                 f"dcd at {s}: features of {a[1:]} pixels are too small for a discriminator with layers="
-                f"{method.layers}, which needs {least}; set layers lower, or use larger pictures"
+                f"{layers}, which needs {least}; set layers lower, or use larger pictures"
             )
         found.append([s, t, a[0], b[0]])
     return found

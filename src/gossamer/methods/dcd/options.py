@@ -60,3 +60,17 @@ def check_options(method: Any) -> None:
         raise RecipeError(f"dcd: student_ratio={method.student_ratio}; expected more than 0")
     if method.taps is not None and not method.taps:
         raise RecipeError("dcd: taps is empty; name features to compare, or set features: none")
+    if method.taps is not None and not _are_taps(method.taps):
+        raise RecipeError(
+            f"dcd: taps={method.taps!r}; expected numbers of features, or pairs of module paths "
+            f"[[student, teacher], ...]"
+        )
+
+
+def _are_taps(given: Any) -> bool:
+    """Return whether these are numbers, or pairs of module paths, and not a mixture."""
+    if not isinstance(given, (list, tuple)):
+        return False
+    if all(isinstance(tap, int) for tap in given):
+        return True
+    return all(isinstance(tap, (list, tuple)) and [type(path) for path in tap] == [str, str] for tap in given)
