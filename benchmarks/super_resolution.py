@@ -109,7 +109,7 @@ def arms() -> dict[str, dict[str, Any] | None]:
         "fqsr 4, outputs 8": _bits(4, 4, 8),
         LIGHT: {**_bits(4, 4, 8), "alpha": 0.003},
         UNDRAWN: {**_bits(4, 4, 8), "alpha": 0.0},
-        "lsq 4, outputs 8": {**_bits(4, 4, 8), **LSQ},
+        LSQ_8: {**_bits(4, 4, 8), **LSQ},
         "naive 4": {**_bits(4, 4, 4), "start": "one", "alpha": 0.0},
     }
 
