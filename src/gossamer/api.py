@@ -248,11 +248,12 @@ def upscale(  # noqa: PLR0913 - the public call; all but three are optional
     """Enlarge a picture, or every picture of a folder, by a super-resolution model.
 
     Grey pictures stay grey, transparency is enlarged with bicubic interpolation, CMYK and palettes become RGB,
-    16 bits become 8; pictures are turned as their EXIF data say.
+    16 bits become 8; pictures are turned as their EXIF data say. Of a folder, pictures that cannot be read or written
+    are left out and named. Originals are not written over.
 
     Args:
         source: A picture or a folder.
-        target: The picture to write (its ending says the format), or a folder.
+        target: The picture to write (its ending says the format), or a folder that takes it under its own name.
         model: A module, MODEL spec or graph file for super-resolution.
         scale: The scale expected; refused if the model has another.
         runtime: ``torch``, ``openvino`` or ``onnxruntime``; the last two go in tiles of the graph's size.
@@ -262,7 +263,13 @@ def upscale(  # noqa: PLR0913 - the public call; all but three are optional
         progress: Say what is done.
 
     Returns:
-        One dictionary a picture: image, out, from and to (width, height), seconds, notes (what was converted).
+        One dictionary a picture: image, out, from and to (width, height), seconds, notes (what was converted). What
+        was left out has ``out: None`` and the reason among its notes.
+
+    Raises:
+        DataError: Nothing to read, a single picture that cannot be read or written, or one that is its own target.
+        ModelError: A model for something else, or one without weights.
+        RecipeError: Another scale than the model's, or tiles not larger than their overlaps.
     """
     say = _import("pipeline.progress").say if progress else (lambda text: None)
     return _import("pipeline.upscaling").upscale(

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gossamer.core.errors import GossamerError, RecipeError
+from gossamer.core.errors import GossamerError, RecipeError, RunError
 
 __all__ = ["app", "main", "method_option", "pairs", "shape"]
 
@@ -480,6 +480,9 @@ def upscale(  # noqa: PLR0913 - one parameter per option
     )  # fmt: skip
     if json_:
         _json(rows)
+    if left := [row["image"] for row in rows if row["out"] is None]:
+        names = ", ".join(left[:5]) + ", ..." * (len(left) > 5)
+        raise RunError(f"upscale: {len(left)} of {len(rows)} pictures were left out, for the reasons above: {names}")
 
 
 # -- the rest -------------------------------------------------------------------------------------

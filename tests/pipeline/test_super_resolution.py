@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +94,51 @@ def test_upscale_refusals(tmp_path: Path) -> None:
         api.upscale(tmp_path / "broken.png", tmp_path / "o.png", model)
     with pytest.raises(DataError, match="no file or folder"):
         api.upscale(tmp_path / "none.png", tmp_path / "o.png", model)
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(DataError, match="cannot be written .*; end it in one of"):
         api.upscale(tmp_path / "a.png", tmp_path / "o.xyz", model)
+    with pytest.raises(DataError, match="cannot be written .*; name another place"):
+        api.upscale(tmp_path / "a.png", tmp_path / "broken.png" / "o.png", model)
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(DataError, match="float.tif' cannot be read .floating-point pixels"):
+        api.upscale(tmp_path / "float.tif", tmp_path / "o.png", model)
+    with pytest.raises(ModelError, match="random weights; give 'edsr_baseline_x2@weights.safetensors'"):
+        api.upscale(tmp_path / "a.png", tmp_path / "o.png", "edsr_baseline_x2")
+    with pytest.raises(RecipeError, match="takes 16x16 pixels and nothing else; leave tile out"):
+        api.upscale(tmp_path / "a.png", tmp_path / "o.png", model, tile=8, runtime="onnxruntime")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no pictures"):
         api.upscale(tmp_path / "empty", tmp_path / "o", model)
+
+
+def test_originals_are_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "in" / "a.png")
+    for source, target in (("in/a.png", "in/a.png"), ("in/a.png", "in"), ("in", "in")):
+        with pytest.raises(DataError, match="originals are not written over"):
+            api.upscale(tmp_path / source, tmp_path / target, _tiny())
+    assert Image.open(tmp_path / "in" / "a.png").size == (8, 8)
+    (tmp_path / "out").mkdir()
+    assert api.upscale(tmp_path / "in" / "a.png", tmp_path / "out", _tiny())[0]["out"] == str(tmp_path / "out/a.png")
+
+
+def test_a_folder_goes_on_after_a_broken_picture(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"no picture")
+    Image.new("RGB", (8, 8)).save(tmp_path / "in" / "b.png")
+    saved = api.save(_tiny(), tmp_path / "model")
+    words = ["upscale", str(tmp_path / "in"), str(tmp_path / "out"), "--model", str(saved)]
+    result = CliRunner().invoke(cli.app, words)
+    assert result.exit_code == 1 and (tmp_path / "out" / "b.png").is_file()
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: upscale: 1 of 2 pictures were left out") and "a.png" in last
+
+
+def test_sixteen_bit_colour_is_said_to_become_eight(tmp_path: Path) -> None:
+    rows = b"".join(b"\0" + bytes(8 * 6) for _ in range(8))
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    parts = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert api.upscale(tmp_path / "a.png", tmp_path / "o.png", _tiny())[0]["notes"] == ["16 bits became 8"]
 
 
 def test_upscale_on_the_command_line(tmp_path: Path) -> None:

@@ -52,12 +52,16 @@ def enlarge(
         overlap: Default: see ``OVERLAP``.
 
     Raises:
-        RecipeError: A tile that is not larger than its overlaps.
+        RecipeError: A tile that is not larger than its overlaps, or asked of a model that takes one size only.
         ModelError: The network enlarges by another factor.
     """
     height, width = pixels.shape[:2]
     if predict.size is not None:
         sides = predict.size[1:]
+        if tile is not None:
+            raise RecipeError(
+                f"tile={tile}: the model takes {sides[0]}x{sides[1]} pixels and nothing else; leave tile out"
+            )
     else:
         whole = tile is None and height * width <= WHOLE
         sides = (height, width) if whole else (tile or 256, tile or 256)
