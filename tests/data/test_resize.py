@@ -98,6 +98,8 @@ def test_small_pictures_are_left_out_named_or_continued() -> None:
     small = Image.fromarray(_noise(30, 40))
     with pytest.raises(UnfitPicture, match="40x30 pixels, smaller than a patch of 32x32"):
         PatchPair(2, 16, anywhere=True)(small)
+    with pytest.raises(UnfitPicture, match="1x5 pixels, smaller than the scale of 2"):
+        PatchPair(2, 16, anywhere=False)(Image.new("RGB", (1, 5)))
     assert PatchPair(2, 16, anywhere=False)(small)["target"].shape == (3, 32, 32)
     large = Image.fromarray(_noise(64, 64))
     source = ImageSource([f"p{i}" for i in range(40)], [0] * 40, lambda i: small if i == 7 else large, what="photos")

@@ -59,6 +59,12 @@ def test_psnr_and_ssim_of_known_errors() -> None:
         cut_border(a, 16)
 
 
+def test_pictures_too_small_for_figures_are_left_out_and_named() -> None:
+    source = _source(*[np.full((24, 24, 3), 90, np.uint8)] * 20, np.zeros((14, 40, 3), np.uint8))
+    assert len(list(SuperResolution(scale=2).batches(source, Preprocessing(), 1))) == 20
+    assert source.failed == [("p20", "40x14 pixels; figures need at least 15x15")]
+
+
 def test_only_what_lies_inside_the_border_counts() -> None:
     high = np.full((24, 24, 3), 90, np.uint8)
     task = SuperResolution(scale=2)

@@ -21,7 +21,7 @@ _MARGIN = 4
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
     """Return uint8 pixels [H, W, C] as floats [C, H, W] in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float() / 255
+    return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C")).float() / 255
 
 
 def to_pixels(image: Tensor) -> np.ndarray:
@@ -62,9 +62,11 @@ class PatchPair:
         """Return the pair.
 
         Raises:
-            UnfitPicture: The photograph is smaller than a patch that may lie anywhere.
+            UnfitPicture: The photograph is smaller than the scale, or than a patch that may lie anywhere.
         """
         pixels = crop_to_multiple(np.asarray(image), self.scale)
+        if not min(pixels.shape[:2]):
+            raise UnfitPicture(f"{image.width}x{image.height} pixels, smaller than the scale of {self.scale}")
         if not self.anywhere:
             lacking = [max(0, self.patch * self.scale - n) for n in pixels.shape[:2]]
             pixels = np.pad(pixels, [(0, lacking[0]), (0, lacking[1]), (0, 0)], mode="symmetric")

@@ -8,10 +8,10 @@ import numpy as np
 
 from gossamer.core.errors import DataError
 
-__all__ = ["cut_border", "luma", "psnr", "ssim"]
+__all__ = ["WINDOW", "cut_border", "luma", "psnr", "ssim"]
 
 _RED, _GREEN, _BLUE = 65.481, 128.553, 24.966
-_WINDOW, _SIGMA = 11, 1.5
+WINDOW, _SIGMA = 11, 1.5
 
 
 def luma(pixels: np.ndarray, *, whole: bool = False) -> np.ndarray:
@@ -50,10 +50,10 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 def _blur(a: np.ndarray) -> np.ndarray:
     """Return the means [H - 10, W - 10] under a Gaussian window of 11 pixels and sigma 1.5."""
-    at = np.arange(_WINDOW) - _WINDOW // 2
+    at = np.arange(WINDOW) - WINDOW // 2
     kernel = np.exp(-(at**2) / (2 * _SIGMA**2))
     kernel /= kernel.sum()
-    height, width = (n - _WINDOW + 1 for n in a.shape)
+    height, width = (n - WINDOW + 1 for n in a.shape)
     rows = sum(k * a[i : i + height] for i, k in enumerate(kernel))
     return np.asarray(sum(k * rows[:, i : i + width] for i, k in enumerate(kernel)))
 
@@ -66,7 +66,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     Raises:
         DataError: Shapes differ, or are smaller than a window.
     """
-    if a.shape != b.shape or a.ndim != 2 or min(a.shape) < _WINDOW:
+    if a.shape != b.shape or a.ndim != 2 or min(a.shape) < WINDOW:
         raise DataError(f"ssim of planes {list(a.shape)} and {list(b.shape)}; expected one shape of at least 11 x 11")
     a, b = a.astype(np.float64), b.astype(np.float64)
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2

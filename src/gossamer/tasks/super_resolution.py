@@ -19,7 +19,7 @@ from gossamer.data.resize import crop_to_multiple, imresize
 from gossamer.data.sources import open_data
 from gossamer.models.preprocessing import Preprocessing, preprocessing
 from gossamer.recipe import DataSettings
-from gossamer.tasks.image_quality import cut_border, luma, psnr, ssim
+from gossamer.tasks.image_quality import WINDOW, cut_border, luma, psnr, ssim
 from gossamer.tasks.task import HasModel, Metric, Predict, in_evaluation, picture_uri
 from gossamer.tasks.tiling import enlarge
 
@@ -113,6 +113,10 @@ class SuperResolution:
             raise RecipeError("task super_resolution: no scale is known; write task: {super_resolution: {scale: 2}}")
         return self.scale
 
+    @property
+    def _border(self) -> int:
+        return self.factor if self.border is None else self.border
+
     # -- data --------------------------------------------------------------------------------------
     def open(self, spec: str) -> ImageSource:
         """Return photographs: any pictures below a folder or in an archive; labels play no part.
@@ -160,7 +164,8 @@ class SuperResolution:
         return PatchPair(self.factor, pre.size[1], False)
 
     def batches(self, source: ImageSource, pre: Preprocessing, batch: int) -> Iterator[Batch]:
-        """Yield one photograph at a time: low resolution [1, 3, h, w], original [1, 3, h s, w s]."""
+        """Yield one photograph at a time that figures can be had of: low resolution [1, 3, h, w], original of scale."""
+        least = WINDOW + 2 * self._border
         for i in range(len(source)):
             try:
                 sample = source[i]
@@ -168,8 +173,9 @@ class SuperResolution:
                 source.record([(err.name, err.reason)])
                 continue
             high = crop_to_multiple(np.asarray(sample.image), self.factor)
-            if not min(high.shape[:2]):
-                source.record([(sample.name, f"{sample.image.size} pixels, smaller than the scale")])
+            if min(high.shape[:2]) < least:
+                size = f"{sample.image.width}x{sample.image.height} pixels"
+                source.record([(sample.name, f"{size}; figures need at least {least}x{least}")])
                 continue
             low = degrade(high, self.factor)
             yield {"image": to_tensor(low)[None], "target": to_tensor(high)[None], "id": [sample.name]}
@@ -190,7 +196,7 @@ class SuperResolution:
         Raises:
             DataError: No pictures, or one with nothing left inside its borders.
         """
-        border = self.factor if self.border is None else self.border
+        border = self._border
         names: list[str] = []
         pictures: list[np.ndarray] = []
         figures: list[tuple[float, float]] = []
@@ -231,7 +237,7 @@ class SuperResolution:
             low, high = to_pixels(batch["image"][0]), to_pixels(batch["target"][0])
             versions = [("bicubic", imresize(low, float(self.factor)))]
             versions += [(title, enlarge(in_evaluation(model), low, self.factor)) for title, model in shown]
-            border = self.factor if self.border is None else self.border
+            border = self._border
             target = cut_border(luma(high), border)
             pictures = [
                 {
