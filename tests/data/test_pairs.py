@@ -14,7 +14,7 @@ from PIL import Image
 from gossamer.core.errors import DataError, RecipeError
 from gossamer.core.schedule import Step
 from gossamer.data.loading import StepLoader, batches
-from gossamer.data.pairs import Pair, PairTransform, is_paired, open_pairs, pair_sources, serial
+from gossamer.data.pairs import UNPAIRED, Pair, PairTransform, is_paired, open_pairs, pair_sources, serial
 from gossamer.data.sources import open_data, take
 from gossamer.models.preprocessing import Preprocessing
 
@@ -123,6 +123,7 @@ def test_pairs_share_crop_and_flip_and_unpaired_pictures_do_not(domains: Path) -
     assert torch.equal(batch["image"], batch["target"])
     loose = StepLoader(source, PairTransform(PRE, training=True, paired=False), 5)(Step("fit", "main", 0, 1))
     assert not torch.equal(loose["image"], loose["target"])
+    assert UNPAIRED in loose and UNPAIRED not in batch
     still = next(batches(source, PairTransform(PRE), 5))
     want = np.asarray(picture(0).resize((16, 16), Image.Resampling.BICUBIC), dtype=np.float32) / 127.5 - 1
     assert torch.allclose(still["image"][0], torch.from_numpy(want).permute(2, 0, 1), atol=1e-6)
@@ -151,7 +152,7 @@ def test_a_broken_picture_of_either_domain_is_skipped_and_named(domains: Path) -
     [
         ("domains:{0}", True, "5 pictures in .* and 3 in .*paired domains need one for one"),
         ("folder:{0}#trainA => folder:{0}#trainB", None, "translate without pairs"),
-        ("domains:{0}#test", None, "no images found"),
+        ("domains:{0}#test", None, "folder testA: no images found"),
         ("folder:{0}#trainA", None, "names no pairs; expected side:PATH"),
         ("sides:{0}", None, "did you mean 'side'"),
         ("grey:", None, "names no pairs"),

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gossamer.core.errors import ModelError, RecipeError
-from gossamer.core.schedule import Step
-from gossamer.kits.adversarial import ImagePool, JudgeOptions, PairedGame, drawn_with, frozen
+from gossamer.core.errors import DataError, ModelError, RecipeError
+from gossamer.core.schedule import Phase, Step
+from gossamer.data.pairs import UNPAIRED
+from gossamer.kits.adversarial import ImagePool, JudgeOptions, PairedGame, drawn_with, frozen, with_judge
 from gossamer.kits.example import picture_pairs
 from gossamer.kits.perceptual import PerceptualNetwork, load_perceptual
 from gossamer.ops.adversarial import gram
@@ -128,5 +129,25 @@ def test_missing_networks_are_refused() -> None:
     for spec in (None, "vgg16"):
         with pytest.raises(RecipeError, match="vgg16@vgg16.safetensors"):
             load_perceptual(spec)
+    with pytest.raises(RecipeError, match="^srgan: perceptual=None: .*; a way out$"):
+        load_perceptual(None, who="srgan", how="a way out")
     with pytest.raises(ModelError, match="no features at"):
         PerceptualNetwork(_Deep(), ["nowhere"])
+
+
+def test_rates_and_betas_are_checked_before_the_training() -> None:
+    phase, rest = Phase("fit", 1), {"first": True, "partners": False}
+    for betas in ((2.0, 0.9), (0.5,), (-0.1, 0.9)):
+        with pytest.raises(RecipeError, match="betas=.*from 0 to below 1"):
+            with_judge(phase, lambda *_: {}, betas=betas, **rest)
+    with pytest.raises(RecipeError, match="judge_lr=-1.0; expected a number above 0"):
+        with_judge(phase, lambda *_: {}, betas=(0.5, 0.9), lr=-1.0, **rest)
+
+
+def test_a_game_of_pairs_refuses_pictures_without() -> None:
+    options = JudgeOptions("hinge", 4, 1)
+    game, x = PairedGame(options.make(6), options), torch.zeros(1, 3, 16, 16)
+    batch = {"image": x, "target": x, "id": ["a"]}
+    assert {"gan", "recon"} == game.generator_terms(nn.Identity(), batch, x, Step("fit", "main", 0, 1)).keys()
+    with pytest.raises(DataError, match="these pictures have no pairs"):
+        game.generator_terms(nn.Identity(), {**batch, UNPAIRED: torch.ones(1)}, x, Step("fit", "main", 0, 1))

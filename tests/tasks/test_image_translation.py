@@ -107,6 +107,11 @@ def test_unpaired_domains_count_every_picture_once() -> None:
     assert (found.distances.generated, found.distances.real) == (7, 4) and found.names == list(a.names)
 
 
+def test_a_single_picture_is_refused_before_the_training() -> None:
+    with pytest.raises(DataError, match="1 picture; FID and KID need at least 2"):
+        task(paired=True).check(photographs(1, 0), tiny_generator())
+
+
 def test_few_images_warn() -> None:
     draw = torch.Generator().manual_seed(0)
     x, y = (torch.randn(50, 8, generator=draw) for _ in range(2))

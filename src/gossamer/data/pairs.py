@@ -23,11 +23,13 @@ from gossamer.data.images import ImageSource, Picked, Subset
 from gossamer.data.sources import open_data
 from gossamer.models.preprocessing import Preprocessing
 
-__all__ = ["Pair", "PairTransform", "is_paired", "open_pairs", "pair_sources", "serial"]
+__all__ = ["UNPAIRED", "Pair", "PairTransform", "is_paired", "open_pairs", "pair_sources", "serial"]
 
 ARROWS = {"=>": True, "->": False}
 TURNED = "turned"
 HALF = (0.5,)
+UNPAIRED = "unpaired"
+"""Key that batches of pictures without pairs have."""
 ALLOWED = (
     "side:PATH (pictures with A left and B right), domains:PATH[#train] (folders trainA and trainB), grey:SPEC, "
     "edges:SPEC (made from the pictures of SPEC), 'SPEC_A -> SPEC_B' (without pairs) or 'SPEC_A => SPEC_B' (pairs), "
@@ -194,8 +196,9 @@ def _made(kind: str, rest: str, spec: str) -> ImageSource:
 
 def _domains(rest: str, spec: str, paired: bool) -> ImageSource:
     path, _, part = rest.partition("#")
-    a, b = (_flat(path, f"{part or 'train'}{x}", spec) for x in "AB")
-    heads = [f"{part or 'train'}{x}/" for x in "AB"]
+    parts = [f"{part or 'train'}{x}" for x in "AB"]
+    a, b = (_flat(path, p, f"{spec}, folder {p}") for p in parts)
+    heads = [f"{p}/" for p in parts]
     names = [
         {Path(n).with_suffix("").as_posix().removeprefix(h) for n in s.names}
         for s, h in zip((a, b), heads, strict=True)
@@ -265,7 +268,7 @@ class PairTransform:
         pre: Size, mean, std and interpolation of the first domain; the second is always brought to [-1, 1].
         channels: Channels of the second domain.
         training: Random or deterministic.
-        paired: Both get the same crop and flip.
+        paired: Both get the same crop and flip; else the tensors come with the key ``UNPAIRED``.
         load: Size before the crop over size after it, at least 1.
         flip: Flip half of the pictures.
     """
@@ -287,7 +290,8 @@ class PairTransform:
         first = self._draw()
         second = first if self.paired else self._draw()
         image = self._tensor(pair.image, self.pre.size[0], first, (self.pre.mean, self.pre.std))
-        return {"image": image, "target": self._tensor(pair.target, self.channels, second, (HALF, HALF))}
+        both = {"image": image, "target": self._tensor(pair.target, self.channels, second, (HALF, HALF))}
+        return both if self.paired else {**both, UNPAIRED: torch.ones(())}
 
     def _draw(self) -> tuple[float, float, bool]:
         if not self.training:

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gossamer.core.errors import ModelError, RecipeError
+from gossamer.core.errors import DataError, ModelError, RecipeError
 from gossamer.core.schedule import Batch, Objective, Phase, Step, Terms, Turn
+from gossamer.data.pairs import UNPAIRED
 from gossamer.kits.norm_statistics import norms_frozen
 from gossamer.models.discriminators import PatchDiscriminator
 from gossamer.models.generators import Generator
@@ -71,7 +72,13 @@ def drawn_with(seed: int) -> Iterator[None]:
 
 
 def adam(betas: Sequence[float], *groups: str) -> dict[str, dict[str, Any]]:
-    """Return ``Phase.optimizer`` entries: Adam with these betas and no decay for every group."""
+    """Return ``Phase.optimizer`` entries: Adam with these betas and no decay for every group.
+
+    Raises:
+        RecipeError: Not two betas of [0, 1).
+    """
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise RecipeError(f"betas={list(betas)}; expected two numbers from 0 to below 1")
     return {g: {"opt": "adam", "betas": tuple(betas), "weight_decay": 0.0} for g in groups}
 
 
@@ -286,7 +293,16 @@ class PairedGame(Game):
         self.recon = recon
 
     def generator_terms(self, generator: nn.Module, batch: Batch, out: Tensor, step: Step) -> Terms:
-        """Return ``gan`` and ``recon``."""
+        """Return ``gan`` and ``recon``.
+
+        Raises:
+            DataError: The batch is of pictures without pairs.
+        """
+        if UNPAIRED in batch:
+            raise DataError(
+                "these pictures have no pairs, and a generator is to learn from pairs; give some (side:PATH, "
+                "'SPEC_A => SPEC_B', task option paired: true), or train it in a way that needs none"
+            )
         terms: Terms = {"recon": self.recon * F.l1_loss(out.float(), batch["target"].float())}
         if self.options.weight:
             terms["gan"] = self.fooling(batch["image"], out)
@@ -387,7 +403,12 @@ def with_judge(
         partners: The group ``"partner"`` moves with the weights.
         betas: Betas of Adam for all groups.
         lr: Learning rate of the discriminators; ``None``: as the generator's.
+
+    Raises:
+        RecipeError: Betas or rate out of range.
     """
+    if lr is not None and not lr > 0:
+        raise RecipeError(f"judge_lr={lr}; expected a number above 0, or null for the generator's")
     moves = tuple(
         replace(t, trains=(*t.trains, "partner")) if partners and "weights" in t.trains else t for t in phase.turns
     )

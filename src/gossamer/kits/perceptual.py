@@ -17,13 +17,14 @@ from gossamer.models.preprocessing import preprocessing
 from gossamer.models.store import is_saved
 from gossamer.ops.adversarial import gram, wide_mean
 
-__all__ = ["PerceptualNetwork", "load_perceptual"]
+__all__ = ["HOW", "PerceptualNetwork", "load_perceptual"]
 
 LEVELS = 4
 HOW = (
     "give VGG-16 as 'vgg16@vgg16.safetensors' (timm's or torchvision's ImageNet weights), or a stand-in such as "
     "'tf_efficientnet_lite0@weights.safetensors'"
 )
+"""How to name a perceptual network, for messages."""
 
 
 class _Reached(Exception):  # noqa: N818 - a way out, not an error
@@ -106,7 +107,12 @@ class PerceptualNetwork(nn.Module):
 
 
 def load_perceptual(
-    spec: str | nn.Module | None, paths: Sequence[str] | None = None, *, normalise: bool = False, who: str = "method"
+    spec: str | nn.Module | None,
+    paths: Sequence[str] | None = None,
+    *,
+    normalise: bool = False,
+    who: str = "method",
+    how: str = HOW,
 ) -> PerceptualNetwork:
     """Return the perceptual network that ``spec`` names.
 
@@ -116,6 +122,7 @@ def load_perceptual(
             (``feature_info``), which for VGG-16 are relu1_2, relu2_2, relu3_3 and relu4_3.
         normalise: See ``PerceptualNetwork``.
         who: The method that asks, for messages.
+        how: How to give a network or do without, for messages.
 
     Raises:
         RecipeError: No network, or one without weights; says how to give it.
@@ -128,8 +135,7 @@ def load_perceptual(
     elif isinstance(spec, nn.Module):
         net = spec
     else:
-        raise RecipeError(f"{who}: perceptual={spec!r}: style and feature terms need a trained network; {HOW}, or set "
-                          f"lambda_style and lambda_feature to 0")  # fmt: skip
+        raise RecipeError(f"{who}: perceptual={spec!r}: likeness of features needs a trained network; {how}")
     if paths is None:
         info = getattr(net, "feature_info", None) or []
         paths = [str(entry["module"]) for entry in list(info)[:LEVELS]]

@@ -116,9 +116,12 @@ class ImageTranslation:
         Raises:
             RecipeError: No weights for the feature network.
             ModelError: They are of another network.
+            DataError: A single picture, of which there are no distances.
         """
         self.out_chans = int(getattr(model, "options", {}).get("out_chans", self.out_chans))
         if source is not None:
+            if len(source) < 2:
+                raise DataError(f"{source.what}: 1 picture; FID and KID need at least 2, and mean little below 2,000")
             self._features()
             self.paired = is_paired(source) if self.paired is None else self.paired
 

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gossamer.core.errors import PlanError, RecipeError
+from gossamer.core.errors import PlanError
 from gossamer.core.method import Edit, Method
 from gossamer.core.schedule import Batch, Loader, Phase, Plan, Step, Terms, Turn, Window
 from gossamer.kits.adversarial import Game, JudgeOptions, Notes, adam, drawn_with, frozen, picture_channels
-from gossamer.kits.perceptual import PerceptualNetwork, load_perceptual
+from gossamer.kits.perceptual import HOW, PerceptualNetwork, load_perceptual
 from gossamer.kits.teacher import SELF, FeatureTap
 from gossamer.methods.dcd import maths
 from gossamer.methods.dcd.networks import Best, Tap, connector, find_taps, make_game, narrowed, widened
@@ -176,6 +176,8 @@ class DCD(Method):
         student, origin = narrowed(model, self.width), self._origin()
         if self.lambda_style or self.lambda_feature:
             self._perceptual()
+        if self.select is not None and self._chosen.schedule == "progressive":
+            self._selector()
         with drawn_with(self.seed):
             teacher = widened(origin, self.teacher_width)
         found: list[list[Any]] = []
@@ -234,8 +236,9 @@ class DCD(Method):
     def _perceptual(self) -> PerceptualNetwork:
         if self._seer is None:
             self._seer = load_perceptual(
-                self.perceptual, self.perceptual_paths, normalise=self.perceptual_norm, who="dcd"
-            )
+                self.perceptual, self.perceptual_paths, normalise=self.perceptual_norm, who="dcd",
+                how=f"{HOW}, or set lambda_style and lambda_feature to 0",
+            )  # fmt: skip
         return self._seer
 
     def groups(self, model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -341,7 +344,8 @@ class DCD(Method):
     @torch.no_grad()
     def _select(self, model: nn.Module, loaders: Mapping[str, Loader], step: Step) -> dict[str, float]:
         """Offer the teacher as the best one, by the Frechet distance of its pictures to real ones."""
-        own, see = self._build(), self._selector()
+        own = self._build()
+        see = self._selector().to(next(own["teacher"].parameters()).device)
         made: list[Tensor] = []
         real: list[Tensor] = []
         n = 0
@@ -358,7 +362,7 @@ class DCD(Method):
     def _selector(self) -> nn.Module:
         if self._judge_of is None:
             self._judge_of = self.select if isinstance(self.select, nn.Module) else load_extractor(self.select)
-        return self._judge_of.to(next(self._build()["teacher"].parameters()).device)
+        return self._judge_of
 
     # -- the student's move --------------------------------------------------------------------------
     def _taught(self, batch: Batch, step: Step) -> tuple[Tensor, list[Tensor]]:
@@ -395,8 +399,6 @@ class DCD(Method):
         if self.paired:
             pixels = F.l1_loss(out.float(), batch["target"].float()) if self.lambda_task else out.new_zeros(())
             terms["task"] = self.lambda_task * pixels
-        if not terms:
-            raise RecipeError("dcd: every weight of the student's objective is 0; set one of the lambdas")
         return terms
 
     def _seen(self, model: nn.Module, batch: Batch, step: Step) -> list[Tensor]:

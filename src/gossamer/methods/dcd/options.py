@@ -53,6 +53,13 @@ def check_options(method: Any) -> None:
     for name in WEIGHTS:
         if not getattr(method, name) >= 0:
             raise RecipeError(f"dcd: {name}={getattr(method, name)}; expected 0 or more")
+    features = method.lambda_dcd if method.features != "none" else 0.0
+    pixels = method.lambda_task if method.paired else 0.0
+    if not any((method.lambda_style, method.lambda_feature, method.lambda_gan, features, pixels)):
+        raise RecipeError(
+            "dcd: nothing for the student to learn from; set lambda_style, lambda_feature, lambda_gan, lambda_dcd "
+            "(with features other than none) or, for pairs, lambda_task above 0"
+        )
     for name in ("every", "cycles", "select_images"):
         if getattr(method, name) < 1:
             raise RecipeError(f"dcd: {name}={getattr(method, name)}; expected at least 1")

@@ -395,10 +395,16 @@ def test_a_second_adversary_is_refused() -> None:
         Stack([DCD(), DCD()])
 
 
-def test_no_objective_is_refused() -> None:
-    method, _, model, _ = ready(features="none", lambda_gan=0.0, paired=False, pool=2)
-    with pytest.raises(RecipeError, match="every weight"):
-        terms_of(method, model)
+@pytest.mark.parametrize("paired", [True, False])
+def test_no_objective_is_refused(paired: bool) -> None:
+    for nothing in ({"features": "none"}, {"lambda_dcd": 0.0}):
+        with pytest.raises(RecipeError, match="nothing for the student to learn from"):
+            ready(lambda_gan=0.0, paired=paired, pool=2, **nothing)
+
+
+def test_the_selecting_network_is_looked_for_before_the_training() -> None:
+    with pytest.raises(RecipeError, match="extractor='inception'"):
+        ready(schedule="progressive", cycles=1, select="inception")
 
 
 class _Levels(nn.Module):

@@ -26,6 +26,7 @@ __all__ = ["SRGAN"]
 
 CONTENTS = ("pixels", "features", "task")
 _BETAS = (0.9, 0.999)
+_HOW = "give VGG-19 as 'vgg19@vgg19.safetensors' (timm's or torchvision's ImageNet weights), or set content: pixels"
 _RANGE = 2.0
 """Pictures count as in [-1, 1]: twice the range of [0, 1]."""
 
@@ -81,7 +82,7 @@ class SRGAN(Method):
         with drawn_with(self.seed):
             self.extra = nn.ModuleDict({"judge": Judge(edit["judge"])})
         if self.content == "features":
-            self._features = load_perceptual(self.perceptual, [self.layer], normalise=True, who="srgan")
+            self._features = load_perceptual(self.perceptual, [self.layer], normalise=True, who="srgan", how=_HOW)
         return model
 
     @property
