@@ -65,6 +65,13 @@ def test_plain_model_round_trip(tmp_path: Path):
         load_model(str(tmp_path / "m"), num_classes=3)
 
 
+def test_a_changed_model_without_its_stack_is_refused_when_it_is_saved(tmp_path: Path, packing):
+    model = packing.finish(load_model(NAME, **TINY))
+    with pytest.raises(ModelError, match="has changed since 'vit_tiny_patch16_224' was built .*pass the stack"):
+        store.save(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
 def test_edits_are_replayed_and_accumulate(tmp_path: Path, packing):
     model = packing.finish(load_model(NAME, **TINY))
     store.save(model, tmp_path / "m", stack=packing)

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -115,10 +115,14 @@ def save(
             (``source_of``).
 
     Raises:
-        ModelError: The model cannot be rebuilt from its source.
+        ModelError: The model cannot be rebuilt from its source, or something has changed it since and no stack says
+            what.
         RunError: Not enough disk.
     """
+    unsaid = stack is None and source is None
     source = source or source_of(model)
+    if unsaid:
+        _check_unchanged(model, source)
     edits: list[list[Any]] = []
     if stack is not None:
         edits = [
@@ -147,6 +151,24 @@ def save(
     part.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     os.replace(part, folder / DESCRIPTION)
     return folder
+
+
+def _rebuilt(source: ModelSource, steps: Iterable[Sequence[Any]]) -> nn.Module:
+    """Return the model that ``source`` names, changed by ``steps`` (method, options, edit), with random weights."""
+    model = create(source.name, source.kwargs, source.num_classes)
+    for method, options, edit in steps:
+        model = registry.build(method, options).apply(model, edit)
+    return model
+
+
+def _check_unchanged(model: nn.Module, source: ModelSource) -> None:
+    own, again = ({k: v.shape for k, v in m.state_dict().items()} for m in (model, _rebuilt(source, source.edits)))
+    odd = sorted(k for k in own.keys() | again.keys() if own.get(k) != again.get(k))
+    if odd:
+        raise ModelError(
+            f"{type(model).__name__} has changed since {source.name!r} was built ({', '.join(odd[:3])}), and could not "
+            f"be loaded again; pass the stack that changed it (stack=...), or keep its state_dict yourself"
+        )
 
 
 def _describe(folder: Path) -> dict[str, Any]:
@@ -201,9 +223,7 @@ def load(path: str | Path) -> nn.Module:
         steps = [(str(method), dict(options), dict(edit)) for method, options, edit in source.edits]
     except (KeyError, TypeError, ValueError) as err:
         raise StateError(f"{str(folder / DESCRIPTION)!r} is damaged ({err!r}); save the model again") from err
-    model = create(source.name, source.kwargs, source.num_classes)
-    for method, options, edit in steps:
-        model = registry.build(method, options).apply(model, edit)
+    model = _rebuilt(source, steps)
     try:
         state = read_weights(folder / TENSORS)
     except ModelError as err:
