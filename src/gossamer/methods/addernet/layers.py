@@ -62,9 +62,14 @@ def choose(model: nn.Module, skip: Sequence[str] = (), logits: bool = True) -> C
         logits: Give the classifier a batch norm.
 
     Raises:
-        ModelError: The model cannot be traced, or no layer can become one.
+        ModelError: The model cannot be traced, no layer can become one, or a pattern fits none.
     """
     known = {n: m for n, m in model.named_modules() if type(m) in (nn.Conv2d, nn.Linear)}
+    if idle := [pattern for pattern in skip if not any(fnmatch(name, pattern) for name in known)]:
+        raise ModelError(
+            f"addernet on {type(model).__name__}: skip={idle[0]!r} fits no convolution or linear layer; their paths "
+            f"are {', '.join(list(known)[:5])}, ..."
+        )
     normed = {layer for layer, _ in Dataflow(model).norms}
     heads, config = set(classifiers(model)), getattr(model, "pretrained_cfg", None) or {}
     first = config.get("first_conv") or next((n for n, m in known.items() if isinstance(m, nn.Conv2d)), "")
