@@ -259,7 +259,7 @@ class FQSR(Method):
                 "bits": f"{self.weight_bits}x{8 if about['input'] == 'float' else self.input_bits}",
                 "input": about["input"],
                 "output": self.output_bits if about["output"] else "float",
-                "MACs": about["macs"],
+                "MACs": about["macs"] or None,
                 "form": type(model.get_submodule(n)).__name__,
             }
             for n, about in convs.items()
@@ -267,7 +267,8 @@ class FQSR(Method):
         bops = sum(
             a["macs"] * self.weight_bits * (8 if a["input"] == "float" else self.input_bits) for a in convs.values()
         )
-        facts: dict[str, Any] = {"BOPs per image": bops, "quantized additions": len(self._placement.adds)}
+        facts: dict[str, Any] = {"BOPs per image": bops} if bops else {}  # none where the input size is not stated
+        facts["quantized additions"] = len(self._placement.adds)
         facts |= {f"left in float: {where}": why for where, why in self._placement.islands.items()}
         return {"facts": facts, "tables": [{"title": "Quantized layers", "rows": rows}]}
 

@@ -25,7 +25,7 @@ class Placement:
     """Where intervals go.
 
     Attributes:
-        convs: Convolutions in order: MACs for one image, whether the input is rounded (``"half"``, ``"full"`` or
+        convs: Convolutions in order: MACs for one image (0: not known), whether the input is rounded (``"half"``, ``"full"`` or
             ``"float"``) and whether the output is.
         adds: Additions in order.
         norms: ``[convolution, batch norm]`` to fold before.
@@ -98,7 +98,7 @@ def find_placement(
     kept = [] if skips == "none" else adds[:-1] if skips == "body" else adds
     first, last = flow.ends(convs)
     unsigned = set(flow.unsigned_inputs(convs)) if ranges == "auto" else set(convs) if ranges == "half" else set()
-    macs = {row.name: row.macs for row in cost(model, saved=False).per_layer}
+    macs = _macs(model)
     norms = flow.norms if fold else []
     readers = {*convs, *kept} - set(first)
     table = {
@@ -117,6 +117,14 @@ def find_placement(
         ties=_ties(flow, [c for c in convs if c not in first], kept),
         islands=_islands(model, first, last, [a for a in adds if a not in kept] + loose, norms),
     )
+
+
+def _macs(model: nn.Module) -> dict[str, int]:
+    """Return the MACs of one image by layer; none of a model that does not state its input size."""
+    try:
+        return {row.name: row.macs for row in cost(model, saved=False).per_layer}
+    except ModelError:
+        return {}
 
 
 def _ties(flow: Dataflow, convs: Collection[str], adds: Collection[str]) -> list[list[str]]:

@@ -324,6 +324,45 @@ def test_grids_of_deployment_round_every_value_once() -> None:
     assert kinds == {"signed", "unsigned"}
 
 
+class _Own(nn.Module):
+    """A network of a user's own, that says nothing of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body, self.tail = (nn.Conv2d(i, o, 3, padding=1) for i, o in ((3, 8), (8, 8), (8, 12)))
+        self.add, self.shuffle = Add(), nn.PixelShuffle(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(x)
+        return self.shuffle(self.tail(self.add(y, self.body(y))))
+
+
+def test_a_network_of_ones_own() -> None:
+    model, stack = _ready(_Own(), FQSR(warmup=2))
+    x = pairs(Step("x", "x", 0, 1))["image"]
+    with torch.no_grad():
+        expected = model.eval()(x)
+        got = stack.finish(model).eval()(x)
+    assert float((got - expected).abs().mean()) < 2e-3 * float(expected.std())
+    said = stack.describe(model)["FQSR"]
+    assert "BOPs per image" not in said["facts"] and said["tables"][0]["rows"][0]["MACs"] is None
+
+
+def test_norms_that_stay_ship_as_they_were_trained() -> None:
+    model = load_model("srresnet_x2", depth=1, width=8, img_size=8)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_mean, -0.1, 0.1)
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    model, stack = _ready(model, FQSR(warmup=2, norms="keep"))
+    x = pairs(Step("x", "x", 0, 1))["image"]
+    with torch.no_grad():
+        expected = model.eval()(x)
+        model = stack.finish(model).eval()
+        got = model(x)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == 3
+    assert float((got - expected).abs().mean()) < 2e-3 * float(expected.std())
+
+
 def test_wide_layers_stay_simulated() -> None:
     model, stack = _ready(tiny_edsr(), FQSR(weight_bits=10, input_bits=10, output_bits=10, warmup=1))
     model = stack.finish(model)

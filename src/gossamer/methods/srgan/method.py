@@ -73,8 +73,9 @@ class SRGAN(Method):
                 f"srgan: content={self.content!r}, adversarial={self.adversarial}, width={self.width}, "
                 f"content_weight={self.content_weight}; allowed are {', '.join(CONTENTS)}, 0, 1 and 0 or more"
             )
-        if scale_of(model) is None:
-            raise ModelError(f"srgan: {type(model).__name__} states no scale; expected a super-resolution network")
+        says = hasattr(model, "gossamer_source") or hasattr(model, "pretrained_cfg")
+        if says and scale_of(model) is None:
+            raise ModelError(f"srgan: {type(model).__name__} is for something else; expected a super-resolution network")
         return {"judge": self.width}
 
     def apply(self, model: nn.Module, edit: Edit) -> nn.Module:

@@ -79,12 +79,16 @@ def test_features_come_from_a_network_by_path() -> None:
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_a_network_of_ones_own_needs_to_say_nothing() -> None:
+    Stack([SRGAN(width=2)]).prepare(nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.PixelShuffle(2)))
+
+
 def test_refusals() -> None:
     with pytest.raises(RecipeError, match="content='vgg'.*allowed are pixels, features, task"):
         _ready(content="vgg")
     with pytest.raises(RecipeError, match="srgan: perceptual=None"):
         _ready(content="features")
-    with pytest.raises(ModelError, match="states no scale"):
+    with pytest.raises(ModelError, match="is for something else"):
         Stack([SRGAN()]).prepare(tiny_vit())
     with pytest.raises(PlanError, match="no judge yet"):
         SRGAN().groups(tiny_generator())
