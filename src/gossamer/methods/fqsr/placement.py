@@ -25,8 +25,8 @@ class Placement:
     """Where intervals go.
 
     Attributes:
-        convs: Convolutions in order: MACs for one image (0: not known), whether the input is rounded (``"half"``, ``"full"`` or
-            ``"float"``) and whether the output is.
+        convs: Convolutions in order: MACs for one image (0: not known), whether the input is rounded (``"half"``,
+            ``"full"`` or ``"float"``) and whether the output is.
         adds: Additions in order.
         norms: ``[convolution, batch norm]`` to fold before.
         spare: Convolutions whose output is rounded by its readers too.

@@ -75,7 +75,7 @@ class SRGAN(Method):
             )
         says = hasattr(model, "gossamer_source") or hasattr(model, "pretrained_cfg")
         if says and scale_of(model) is None:
-            raise ModelError(f"srgan: {type(model).__name__} is for something else; expected a super-resolution network")
+            raise ModelError(f"srgan: {type(model).__name__} is for something else; expected super-resolution")
         return {"judge": self.width}
 
     def apply(self, model: nn.Module, edit: Edit) -> nn.Module:
