@@ -230,6 +230,9 @@ def export(
         min_speedup: Least ratio against the best dense precision of the runtime.
         batch: Batch size, or ``"dynamic"``.
 
+    Returns:
+        ``artefacts`` (one dictionary a format), ``unmet`` bounds, ``notes`` where layers have no kernel in runtimes.
+
     Raises:
         RunError: A bound is not met, or parity fails; says by how much.
     """

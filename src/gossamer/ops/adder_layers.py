@@ -16,6 +16,11 @@ from gossamer.ops.adder import adder_conv2d, adder_conv2d_codes, adder_linear, r
 __all__ = ["AdderConv2d", "AdderLinear", "Int8AdderConv2d", "SharedGrid", "shared_grid", "unfit_for_adders"]
 
 _LEVELS = 255
+_NOTE = (
+    "no runtime has an adder kernel: adder layers are written out in standard operators, correct but slow; for speed "
+    "run the model in torch"
+)
+"""What an export says of a model with such layers."""
 
 
 def unfit_for_adders(conv: nn.Conv2d) -> str | None:
@@ -34,6 +39,7 @@ class _Adder(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    export_note = _NOTE
 
     def __init__(self, shape: tuple[int, ...], bias: bool, p: float, gradient: str, clip: bool) -> None:
         super().__init__()
@@ -195,6 +201,7 @@ class Int8AdderConv2d(nn.Module):
     gain: Tensor
     shift: Tensor
     weight_bits = input_bits = 8
+    export_note = _NOTE
 
     def __init__(
         self,
