@@ -86,8 +86,8 @@ def export(
     images = None if data is None else (task.open(data) if isinstance(data, str) else from_dataset(data))
     final = to_int8(model, images) if int8 and images is not None else model
     result: dict[str, Any] = {"artefacts": [], "unmet": []}
-    if notes := sorted({m.export_note for m in final.modules() if isinstance(getattr(m, "export_note", None), str)}):
-        result["notes"] = "; ".join(notes)
+    if notes := {str(m.export_note) for m in final.modules() if hasattr(m, "export_note")}:
+        result["notes"] = "; ".join(sorted(notes))
     fixed = batch if isinstance(batch, int) else 8
     for name in formats:
         artefact = export_graph(final, out / name, format=name, batch=batch)
