@@ -80,7 +80,10 @@ def test_features_come_from_a_network_by_path() -> None:
 
 
 def test_a_network_of_ones_own_needs_to_say_nothing() -> None:
-    Stack([SRGAN(width=2)]).prepare(nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.PixelShuffle(2)))
+    method = SRGAN(width=2)
+    model = Stack([method]).prepare(nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.PixelShuffle(2)))
+    batch = {"image": torch.rand(2, 3, 8, 8), "target": torch.rand(2, 3, 16, 16)}
+    assert method.loss(model, batch, model(batch["image"]), STEP)["srgan.adversarial"] > 0
 
 
 def test_refusals() -> None:
