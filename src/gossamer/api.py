@@ -92,6 +92,7 @@ def compress(  # noqa: PLR0913 - the public call; all but three are optional
     teacher: Any = None,
     evaluation: Any = None,
     train: Mapping[str, Any] | None = None,
+    task: str | Mapping[str, Mapping[str, Any]] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -108,6 +109,7 @@ def compress(  # noqa: PLR0913 - the public call; all but three are optional
         evaluation: Images to evaluate on; default: a fifth of ``data``, drawn by the seed and kept
             out of training.
         train: Training settings of the recipe (``{"steps": 100, "lr": 1e-4}``); default: no fine-tuning.
+        task: ``{name: options}`` where not as the model says, such as ``{"super_resolution": {"patch": 24}}``.
         out: Run folder.
         resume: Continue the interrupted run in ``out``.
         progress: Show progress.
@@ -116,7 +118,7 @@ def compress(  # noqa: PLR0913 - the public call; all but three are optional
         GossamerError: Bad input, or an unmet target (the result is kept in the run folder).
     """
     return _import("pipeline.compressing").compress(
-        model, data, methods, target=target, teacher=teacher, evaluation=evaluation, train=train,
+        model, data, methods, target=target, teacher=teacher, evaluation=evaluation, train=train, task=task,
         run_dir=_fresh_dir(out, "compress"), resume=resume, progress=progress,
     )  # fmt: skip
 

@@ -241,6 +241,9 @@ Model = Annotated[str, typer.Argument(help="timm name, NAME@WEIGHTS.safetensors,
 Recipe = Annotated[Path, typer.Argument(help="Recipe file (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe values to change.")]
 Batches = Annotated[str, typer.Option("--batch", help="Batch sizes.")]
+TaskOption = Annotated[
+    str | None, typer.Option("--task", help="NAME[:k=v,...], where not as the model says.", show_default="its own")
+]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads.")]
 
 
@@ -343,6 +346,7 @@ def compress(  # noqa: PLR0913 - one parameter per option
     evaluation: Annotated[
         str | None, typer.Option("--eval", help="Evaluation images.", show_default="1/5 of D")
     ] = None,
+    task: TaskOption = None,
     out: Out = None,
     resume: Resume = False,
     json_: Json = False,
@@ -354,7 +358,8 @@ def compress(  # noqa: PLR0913 - one parameter per option
     settings = {k: v for t in train or [] for k, v in pairs(t, "--train").items()}
     result = api.compress(
         model, data, [method_option(m) for m in method], target=bounds or None, teacher=teacher,
-        evaluation=evaluation, train=settings or None, out=out, resume=resume, progress=True,
+        evaluation=evaluation, train=settings or None, task=method_option(task, "--task") if task else None,
+        out=out, resume=resume, progress=True,
     )  # fmt: skip
     _result(result, json_)
 
@@ -415,9 +420,7 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N images only.")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")] = 8,
     precision: Annotated[str | None, typer.Option("--precision", help="f32 or bf16.")] = None,
-    task: Annotated[
-        str | None, typer.Option("--task", help="NAME[:k=v,...], where not as the model says.", show_default="its own")
-    ] = None,
+    task: TaskOption = None,
     threads: Threads = 2,
     json_: Json = False,
 ) -> None:

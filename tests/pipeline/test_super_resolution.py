@@ -170,5 +170,8 @@ def test_compress_takes_the_task_from_the_model(photos: Path, tmp_path: Path, mo
     api.compress(str(saved), f"folder:{photos}", ["fqsr"], train={"steps": 2}, out=tmp_path / "run", progress=False)
     call = calls[0]
     setup = set_up(call["recipe"], methods=call["methods"], sources=call["sources"])
+    patches = {"super_resolution": {"patch": 9}}
+    api.compress(str(saved), f"folder:{photos}", ["fqsr"], task=patches, out=tmp_path / "r", progress=False)
+    assert calls[1]["recipe"].task == patches
     assert setup.task == SuperResolution(scale=2) and len(setup.evaluation) == 2
     assert {n: len(v.source) for n, v in setup.loaders.items()} == dict.fromkeys(setup.loaders, 6)

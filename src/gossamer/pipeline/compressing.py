@@ -59,7 +59,7 @@ def _left_open(method: Method, entry: Method | str | Mapping[str, Any]) -> set[s
 def compress(  # noqa: PLR0913 - mirrors the public call
     model: nn.Module | str, data: Any, methods: Sequence[Method | str | Mapping[str, Any]], *,
     target: Mapping[str, Any] | None, teacher: Any, evaluation: Any, train: Mapping[str, Any] | None,
-    run_dir: Path, resume: bool, progress: bool,
+    task: str | Mapping[str, Mapping[str, Any]] | None, run_dir: Path, resume: bool, progress: bool,
 ) -> RunResult:  # fmt: skip
     """See ``gossamer.api.compress``."""
     bounds = dict(target or {})
@@ -79,6 +79,7 @@ def compress(  # noqa: PLR0913 - mirrors the public call
                 "eval": evaluation if isinstance(evaluation, str) else None,
                 "eval_share": EVAL_SHARE if evaluation is None else 0.0,
             },
+            "task": task,
             "methods": [{name_of(m): options_of(m)} for m in built],
             "train": {"steps": 0, **dict(train or {})},
             "target": bounds or None,
