@@ -184,7 +184,7 @@ def measure(out: Path, size: str, seeds: list[int], data: Path) -> dict[str, Any
     test = open_data(f"npz:{data}/cifar10_test_8000.npz[0:{SIZES[size]['test']}]")
     table: dict[str, Any] = {"machine": device_key(), "threads": 1, "seeds": {}}
     for seed in seeds:
-        done = [n for n in nets(size) if (place(out, size, n, seed) / "model" / "model.json").is_file()]
+        done = [n for n in NETS if n != START and (place(out, size, n, seed) / "model" / "model.json").is_file()]
         models = {n: at_side(load(place(out, size, n, seed) / "model"), n) for n in done}
         pre = preprocessing(next(iter(models.values())))
         loaded = list(batches(test, eval_transform(pre), 200))
