@@ -147,7 +147,7 @@ def methods(args: argparse.Namespace, task: str, arm: str, seed: int) -> list[Me
     return [
         DCD(
             width=args.width, paired=paired, perceptual=perceptual, perceptual_paths=DEPTHS, perceptual_norm=True,
-            cycles=args.cycles, student_ratio=1.0, lambda_style=args.style, lambda_feature=args.feature,
+            cycles=args.cycles, student_ratio=args.ratio, lambda_style=args.style, lambda_feature=args.feature,
             gan=args.kind if paired else None, lambda_recon=args.recon, lambda_task=args.recon if paired else 0.0,
             lambda_cycle=(args.cycle, args.cycle), lambda_identity=args.identity, taps=TAPS.get(args.network),
             **{"lambda_gan": args.gan, "lambda_dcd": args.weight, **own}, seed=seed, **JUDGE,
@@ -166,13 +166,16 @@ def train(args: argparse.Namespace, task: str, arm: str, seed: int, folder: Path
             model.set_width(args.width)
     first, second = pictures(args, task, "train")
     draw = loader(first, second, args.batch, paired)
-    stack, steps = Stack(methods(args, task, arm, seed)), args.steps
+    stack = Stack(methods(args, task, arm, seed))
+    steps = round(args.ratio * args.steps) if arm == "alone" and not paired else args.steps
     settings = TrainSettings(steps=steps, batch_size=args.batch, lr=args.lr, checkpoint_every=max(50, steps // 10))
     bind_self(stack, model)
+    distils = any(isinstance(m, DCD) for m in stack.methods)
+    rates = dict.fromkeys(("weights", "connectors"), args.student_rate * args.lr) if distils else None
+    phase = Phase("fit", steps, schedule="linear", hold=0.5, min_lr_ratio=0.01, lr=rates)
     loop = Loop(
-        stack, ImageTranslation(paired=paired), {"train": draw, "search": draw},
-        [Phase("fit", steps, schedule="linear", hold=0.5, min_lr_ratio=0.01)], settings=settings, run_dir=folder,
-        seed=seed, options=RunOptions(resume=True, mark_finished=False, quiet=args.quiet),
+        stack, ImageTranslation(paired=paired), {"train": draw, "search": draw}, [phase], settings=settings,
+        run_dir=folder, seed=seed, options=RunOptions(resume=True, mark_finished=False, quiet=args.quiet),
     )  # fmt: skip
     return loop.run(model)
 
@@ -243,7 +246,9 @@ def one(args: argparse.Namespace, task: str, arm: str, seed: int) -> None:
     place.mkdir(parents=True, exist_ok=True)
     draw_grid(args, task, model, place / "grid.png")
     names = ("batch", "images", "style", "feature", "weight", "raw", "gan", "kind", "recon", "cycles", "inputs")
-    row["settings"] = {k: getattr(args, k) for k in (*USUAL[task], *names, "cycle", "identity")}
+    row["settings"] = {
+        k: getattr(args, k) for k in (*USUAL[task], *names, "cycle", "identity", "ratio", "student_rate")
+    }
     result.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
     print(f"{task} {arm} seed {seed}: {row['train_frechet']:.2f}, kernel {row['test_kernel']:.4f}", flush=True)
 
@@ -307,10 +312,14 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["alone", "plain", "dcd"], choices=ARMS)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, help=f"of the student and of the teacher; usually {USUAL}")
+    parser.add_argument(
+        "--ratio", type=float, default=1.0, help="steps of the student for each of the teacher, without pairs"
+    )
     parser.add_argument("--images", type=int, default=5000, help="training pictures of a domain, at most 5,000")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--cycles", type=int, default=10, help="turns of teacher and of student, without pairs")
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--student-rate", type=float, default=1.0, help="rate of distilled students, times --lr")
     parser.add_argument("--width", type=int, help=f"of the student; the teacher has {TEACHER}")
     parser.add_argument(
         "--style", type=float, default=8.0, help="published 1e4 is for VGG-16, whose Gram matrices are small"
